@@ -1,0 +1,316 @@
+"""The adapter folder, the contract between training and serving: write, read, scan, find.
+
+`<root>/<name>/v<N>/` is immutable. It is written beside its place, flushed and renamed, so that a reader sees a whole
+folder or none. Everything here is plain Python (no torch): serving reads folders in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lit_ft.errors import UserError
+
+CARD = "card.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_VERSION = re.compile(r"v([1-9][0-9]{0,8})")
+
+
+class AdapterError(UserError):
+    """An adapter folder that cannot be used, with the reason."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model an adapter was trained on: its id ("bundled", a Hub id, a folder's name) and its content's hash."""
+
+    id: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of training rows: where it came from, how many rows were kept, the hash of its content."""
+
+    source: str
+    rows: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that a person or a server wants to know of an adapter without opening its weights."""
+
+    name: str
+    version: int
+    created: str
+    base: Base
+    algorithm: str
+    peft: str
+    rank: int | None
+    data: list[DataSource]
+    parent: str | None
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    weights_sha256: str
+    servable: bool
+    not_servable_reason: str | None = None
+
+    @property
+    def ref(self) -> str:
+        """`name@vN`, the adapter's full name."""
+        return f"{self.name}@v{self.version}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Card:
+        """Build a card from the content of card.json; raises KeyError or TypeError on a wrong shape."""
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        known["base"] = Base(id=str(values["base"]["id"]), hash=str(values["base"]["hash"]))
+        known["data"] = [DataSource(str(d["source"]), int(d["rows"]), str(d["hash"])) for d in values["data"]]
+        known["version"] = int(values["version"])
+        known["metrics"] = {str(key): float(value) for key, value in dict(values["metrics"]).items()}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A published adapter: its folder and its card."""
+
+    path: Path
+    card: Card
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    @property
+    def version(self) -> int:
+        return self.card.version
+
+    @property
+    def ref(self) -> str:
+        return self.card.ref
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A folder that stands where an adapter should be and cannot be read as one."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the trainer knows of a new adapter; version, date and hash are added when it is published."""
+
+    name: str
+    base: Base
+    algorithm: str
+    peft: str
+    rank: int | None
+    data: list[DataSource]
+    parent: str | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    servable: bool = True
+    not_servable_reason: str | None = None
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it may be an adapter's name; raises UserError otherwise."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"name={name!r} cannot be an adapter's name: use 1 to 64 letters, digits, '-', '_' or '.', "
+            "beginning with a letter or a digit."
+        )
+    return name
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """One SHA-256 over all weight files of the folder, in the order of their names; raises AdapterError if none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise AdapterError(f"{folder} holds no *.safetensors weights.")
+    if len(files) == 1:
+        return sha256_file(files[0])
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}:{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def read(path: Path) -> Adapter:
+    """Read and check one adapter folder.
+
+    Raises:
+        AdapterError: the folder is missing, incomplete, unreadable, not where its card says, or its weights are not
+            those that were published.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not a folder.")
+    if not (path / CARD).is_file():
+        raise AdapterError(f"{path} has no {CARD}: it was not published by lit_ft, or only in part.")
+    try:
+        card = Card.from_dict(json.loads((path / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+        raise AdapterError(f"{path / CARD} {reason}.") from error
+    if (path.parent.name, path.name) != (card.name, f"v{card.version}"):
+        raise AdapterError(f"{path} holds the card of {card.ref}: the folder was moved or copied by hand.")
+    wanted = ["adapter_config.json", ADAPTER_WEIGHTS] if card.peft != "full" else ["config.json"]
+    if missing := [name for name in wanted if not (path / name).is_file()]:
+        raise AdapterError(f"{path} is incomplete: {', '.join(missing)} missing.")
+    if weights_sha256(path) != card.weights_sha256:
+        raise AdapterError(f"{path}: the weights are not those that were published (SHA-256 differs from the card).")
+    return Adapter(path=path, card=card)
+
+
+def _version_folders(root: Path, name: str | None = None) -> list[tuple[str, int, Path]]:
+    if not root.is_dir():
+        return []
+    names = [root / name] if name else [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    found = []
+    for folder in names:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and (match := _VERSION.fullmatch(path.name)):
+                found.append((folder.name, int(match.group(1)), path))
+    return sorted(found)
+
+
+def scan(root: Path) -> list[Adapter | Broken]:
+    """Every `<name>/v<N>` folder below `root`, sorted by name and version; hidden folders are left out."""
+    found: list[Adapter | Broken] = []
+    for _, _, path in _version_folders(root):
+        try:
+            found.append(read(path))
+        except AdapterError as error:
+            found.append(Broken(path=path, reason=str(error)))
+    return found
+
+
+def find(root: Path, ref: str) -> Adapter:
+    """The adapter named `name@vN`, or the newest version of `name`.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
+    name, _, version = ref.partition("@")
+    folders = [(number, path) for _, number, path in _version_folders(root, check_name(name))]
+    if version:
+        folders = [(number, path) for number, path in folders if f"v{number}" == version]
+    if not folders:
+        names = sorted({found for found, _, _ in _version_folders(root)})
+        there = f"There are: {', '.join(names)}." if names else "There are none yet."
+        raise AdapterError(f"No adapter {ref!r} in {root}. {there}")
+    return read(folders[-1][1])
+
+
+def newest(root: Path, name: str, algorithm: str) -> Adapter | None:
+    """The newest readable version of `name` that `algorithm` made, or None."""
+    for _, _, path in reversed(_version_folders(root, name)):
+        with contextlib.suppress(AdapterError):
+            adapter = read(path)
+            if adapter.card.algorithm == algorithm:
+                return adapter
+    return None
+
+
+def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
+    """Publish a new version of `draft.name` under `root`.
+
+    `write(folder)` puts the weights, the tokenizer and whatever else belongs to them into an empty folder; the card
+    and the model card (README.md) are added here. On any error nothing is left behind.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    name = check_name(draft.name)
+    staging = root / f".{name}-{uuid.uuid4().hex[:12]}"
+    try:
+        staging.mkdir(parents=True)
+        write(staging)
+        digest = weights_sha256(staging)
+        while True:
+            versions = [number for _, number, _ in _version_folders(root, name)]
+            card = Card(
+                **{key: getattr(draft, key) for key in draft.__dataclass_fields__},
+                version=max(versions, default=0) + 1,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                weights_sha256=digest,
+            )
+            (staging / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (staging / "README.md").write_text(model_card(card), "utf-8")
+            _flush(staging)
+            target = root / name / f"v{card.version}"
+            target.parent.mkdir(exist_ok=True)
+            try:
+                staging.rename(target)
+            except OSError:
+                if target.exists():  # another run published this number meanwhile: take the next one
+                    continue
+                raise
+            _flush_folder(target.parent)
+            return Adapter(path=target, card=card)
+    except OSError as error:
+        raise UserError(
+            f"The adapter could not be published in {root}: {error.strerror or error}. Nothing was left there. "
+            "Free some space or choose another folder with adapters=FOLDER; the last checkpoint is kept, "
+            "so resume=last publishes it again without training anew."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def model_card(card: Card) -> str:
+    """The README.md of an adapter, in the Hub's model-card form."""
+    metrics = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(card.metrics.items()))
+    sources = "\n".join(f"- {d.source}: {d.rows} rows (`{d.hash[:19]}`)" for d in card.data)
+    tags = ["lit_ft", card.algorithm, card.peft]
+    return (
+        "---\n"
+        f"base_model: {card.base.id}\n"
+        f"library_name: {'peft' if card.peft != 'full' else 'transformers'}\n"
+        "pipeline_tag: text-generation\n"
+        f"tags: [{', '.join(tags)}]\n"
+        "---\n\n"
+        f"# {card.ref}\n\n"
+        f"{card.algorithm.upper()} ({card.peft}{f', rank {card.rank}' if card.rank else ''}) on `{card.base.id}`, "
+        f"published {card.created}, trained from {card.parent or 'the base model'}.\n\n"
+        f"## Data\n\n{sources or '- none recorded'}\n\n"
+        f"## Held-out metrics\n\n| metric | value |\n| --- | --- |\n{metrics}\n"
+        + ("" if card.servable else f"\n## Not servable\n\n{card.not_servable_reason}\n")
+    )

@@ -1,0 +1,1 @@
+"""Lightning callbacks: what a person sees while training, and what an interruption leaves behind."""

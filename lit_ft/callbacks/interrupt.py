@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM: the step at hand is finished, the last checkpoint written, then the run ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from lit_ft.progress import say
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop and has kept its last checkpoint. Not an Exception: nothing should swallow it."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+        self.checkpoint = checkpoint
+
+
+class FinishStepOnSignal(Callback):
+    """Wait for the end of the step, so that the checkpoint is one from which a resume is exact.
+
+    A second signal ends the run at once.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # After Lightning has put its own SIGTERM handler, which would end the run with exit code 0.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.received = signum
+        say("\nStopping after this step (once more to stop at once) …")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.received is not None:
+            trainer.save_checkpoint(self.checkpoint)
+            raise Interrupted(self.received, self.checkpoint)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}

@@ -1,0 +1,64 @@
+"""The training bar on standard error: step, loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch.callbacks import ProgressBar
+
+from lit_ft.progress import Progress, say
+
+
+class TrainingBar(ProgressBar):
+    """A bar where a person watches, a line every ten seconds elsewhere; one line after each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+        self._held_out: Progress | None = None
+        self._on = True
+        self._clock = (0.0, 0)
+
+    def disable(self) -> None:
+        self._on = False
+
+    def enable(self) -> None:
+        self._on = True
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._on and trainer.is_global_zero:
+            total = int(trainer.estimated_stepping_batches)
+            self._bar = Progress("training: step", total, done=trainer.global_step)
+            self._clock = (time.monotonic(), pl_module.num_tokens)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.show(trainer.global_step, self._note(trainer, pl_module))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._on and trainer.is_global_zero:
+            batches = sum(int(count) for count in trainer.num_val_batches)
+            self._held_out = Progress("held out: batch", batches)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self._held_out is not None:
+            self._held_out.advance()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._held_out is not None:
+            self._held_out.close()
+        if self._bar is not None and not trainer.sanity_checking:
+            shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("eval/")}
+            wanted = [k for k in ("eval/loss", "eval/mean_token_accuracy", "eval/rewards/accuracies") if k in shown]
+            say(f"held out at step {trainer.global_step}: " + ", ".join(f"{k} {float(shown[k]):.4f}" for k in wanted))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._bar is not None:
+            self._bar.close(self._note(trainer, pl_module))
+
+    def _note(self, trainer: Any, pl_module: Any) -> str:
+        start, tokens = self._clock
+        rate = (pl_module.num_tokens - tokens) / max(time.monotonic() - start, 1e-9)
+        loss = trainer.callback_metrics.get("train/loss")
+        return (f"loss {float(loss):.4f} · " if loss is not None else "") + f"{rate:,.0f} tokens/s"

@@ -1,0 +1,210 @@
+"""Every setting of training, typed, on one page. Imported by the wiring only; constructors take flat values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Algorithm(Enum):
+    sft = "sft"
+    dpo = "dpo"
+
+
+class Peft(Enum):
+    lora = "lora"
+    full = "full"
+
+
+class Packing(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Overflow(Enum):
+    drop = "drop"
+    truncate = "truncate"
+
+
+class TrainOn(Enum):
+    assistant = "assistant"
+    all = "all"
+
+
+class LossType(Enum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
+class Reference(Enum):
+    initial = "initial"
+    base = "base"
+
+
+class PrecisionName(Enum):
+    """Lightning's names hold a hyphen, which an enum's cannot: `bf16_mixed` is `bf16-mixed`."""
+
+    auto = "auto"
+    bf16_mixed = "bf16-mixed"
+    fp32 = "32-true"
+
+
+@dataclass
+class ModelConfig:
+    id: str = MISSING
+    """`bundled`, a Hub id, or a model folder."""
+    attention: str | None = None
+    """transformers' attn_implementation where rows are padded; null lets it choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    tiny: bool = False
+    """Two narrow layers with random weights: to try a configuration in seconds."""
+
+
+@dataclass
+class PeftConfig:
+    kind: Peft = Peft.lora
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: Any = "all-linear"
+    """`all-linear`, a regular expression, or a list of names' ends."""
+    use_rslora: bool = False
+    """Scale by alpha/√r instead of alpha/r (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+
+@dataclass
+class AlgorithmConfig:
+    kind: Algorithm = MISSING
+    learning_rate: float = MISSING
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class SFTConfig(AlgorithmConfig):
+    kind: Algorithm = Algorithm.sft
+    learning_rate: float = 2e-4
+
+
+@dataclass
+class DPOConfig(AlgorithmConfig):
+    kind: Algorithm = Algorithm.dpo
+    learning_rate: float = 1e-5
+    beta: float = 0.1
+    loss_type: LossType = LossType.sigmoid
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong (conservative DPO); with loss_type=sigmoid."""
+    reference: Reference = Reference.initial
+    """`initial`: the policy as it was loaded, adapter included. `base`: the model below every adapter."""
+
+
+@dataclass
+class MixConfig:
+    path: str = MISSING
+    weight: float = MISSING
+    """Rows of this source per row of the main one."""
+    split: str = "train"
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING
+    """A file, a folder with train.*, a Hub id, or `examples:NAME`."""
+    split: str = "train"
+    val_path: str | None = None
+    """Held-out rows; null takes heldout.* or validation.* beside train.*, else `val_split` of the rows."""
+    val_split: float = 0.1
+    max_val_rows: int | None = None
+    max_rows: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    """For other names: {prompt: question, completion: answer}."""
+    chat_template: str | None = None
+    """null: the tokenizer's own; `chatml`, `plain`, or a Jinja file."""
+    as_chat: bool | None = None
+    """Whether plain strings are a user's and an assistant's turn; null: if there is a chat template."""
+    train_on: TrainOn = TrainOn.assistant
+    max_length: int = 1024
+    """Tokens of a prompt with its answer."""
+    overflow: Overflow = Overflow.drop
+    max_dropped: float = 0.1
+    """Share of rows that may be unusable before the run refuses."""
+    batch_size: int = 8
+    """Examples per optimizer step, over all devices."""
+    max_tokens: int = 4096
+    """Tokens per forward pass on one device: bounds memory, changes no result."""
+    packing: Packing = Packing.auto
+    shuffle: bool = True
+    mix: list[MixConfig] = field(default_factory=list)
+    """Other sources mixed in, e.g. general data against forgetting."""
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"
+    devices: Any = 1
+    num_nodes: int = 1
+    precision: PrecisionName = PrecisionName.auto
+    max_epochs: int = 1
+    max_steps: int = -1
+    val_check_interval: Any = 1.0
+    """Steps (an integer) or share of an epoch between validations."""
+    validate_first: bool = True
+    """Measure the held-out loss before the first step, too."""
+    log_every_n_steps: int = 1
+    save_every_n_steps: int = 50
+    """Steps between writings of last.ckpt."""
+    early_stopping: int | None = None
+    """Stop after this many validations without a better held-out loss."""
+    deterministic: bool = False
+    progress: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of lightning.Trainer, as they are."""
+
+
+@dataclass
+class Config:
+    name: str = "support"
+    """The adapter's name."""
+    adapters: str = "adapters"
+    """The folder in which adapters are published."""
+    runs: str = "runs"
+    """The folder of logs and checkpoints."""
+    seed: int = 0
+    debug: bool = False
+    """Show tracebacks."""
+    resume: str | None = None
+    """`last`, a checkpoint, or a run's folder."""
+    start_from: str = "auto"
+    """`auto`: DPO goes on from the newest SFT adapter of the same name; `none`: the base; or NAME@vN."""
+    model: ModelConfig = MISSING
+    peft: PeftConfig = MISSING
+    algorithm: AlgorithmConfig = MISSING
+    data: DataConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    strategy: Any = None
+    logger: Any = None
+
+
+def register_schemas() -> None:
+    """Tell Hydra the schemas, so that a wrong key or type in YAML or on the command line fails at composition."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    store.store(group="model", name="model_schema", node=ModelConfig)
+    store.store(group="peft", name="peft_schema", node=PeftConfig)
+    store.store(group="algorithm", name="sft_schema", node=SFTConfig)
+    store.store(group="algorithm", name="dpo_schema", node=DPOConfig)
+    store.store(group="data", name="data_schema", node=DataConfig)
+    store.store(group="trainer", name="trainer_schema", node=TrainerConfig)

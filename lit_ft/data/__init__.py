@@ -1,0 +1,1 @@
+"""Data: files and Hub sets → records → token ids with masks → packed windows."""

@@ -1,0 +1,229 @@
+"""Rows → examples with a report of what was dropped and why; and the LightningDataModule over them."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import lightning as L
+
+from lit_ft.adapter import DataSource
+from lit_ft.batches import Completion, Example
+from lit_ft.data.chat import ChatEncoder
+from lit_ft.data.files import Row, Source, held_out_source, open_source
+from lit_ft.data.formats import Kind, RowError, formats, to_record
+from lit_ft.data.loader import WindowLoader
+from lit_ft.data.packing import Layout
+from lit_ft.errors import UserError
+from lit_ft.progress import Progress
+
+Overflow = Literal["drop", "truncate"]
+
+
+@dataclass
+class Prepared:
+    """Encoded examples of one split, and the account of how they came to be."""
+
+    examples: list[Example]
+    sources: list[DataSource]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens(self) -> int:
+        return sum(example.tokens for example in self.examples)
+
+    @property
+    def targets(self) -> int:
+        return sum(example.targets for example in self.examples)
+
+    def summary(self) -> str:
+        """One line: rows kept and dropped with reasons, tokens, trained tokens, typical length."""
+        drops = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        median = statistics.median(example.longest for example in self.examples)
+        return (
+            f"{len(self.examples)} rows kept, {sum(self.dropped.values())} dropped{f' ({drops})' if drops else ''}; "
+            f"{self.tokens:,} tokens, {self.targets:,} trained on; median length {median:.0f}"
+        )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Another source mixed into the training rows: `weight` rows of it per row of the main source."""
+
+    path: str
+    weight: float
+    split: str = "train"
+
+
+def prepare(
+    source: Source,
+    encoder: ChatEncoder,
+    kind: Kind,
+    *,
+    max_length: int,
+    columns: Mapping[str, str] | None = None,
+    overflow: Overflow = "drop",
+    max_dropped: float = 0.1,
+    max_rows: int | None = None,
+) -> Prepared:
+    """Encode the rows of one source.
+
+    Raises:
+        UserError: no row has the keys of a known format, none is left, or more than `max_dropped` of them are dropped.
+    """
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    rows = source.rows if max_rows is None else [source.rows[k] for k in range(min(max_rows, len(source.rows)))]
+    where_first = ""
+    for where, row in Progress.over(rows, f"tokenizing {source.name}"):
+        try:
+            record = to_record(row, kind, columns)
+            if record is None:
+                where_first = where_first or f"{where} has {_listed(row)}"
+                raise RowError("with unknown keys")
+            example = encoder.encode(record, index=len(examples))
+            examples.append(_fit(example, max_length, overflow))
+        except RowError as reason:
+            dropped[str(reason)] += 1
+    total = len(rows)
+    if not total:
+        raise UserError(f"{source.name} holds no rows.")
+    if dropped["with unknown keys"] == total:
+        accepted = "; ".join(f"{known.name}: {', '.join(known.keys)}" for known in formats(kind))
+        raise UserError(
+            f"{where_first}, which is no known {kind} format. Accepted are {accepted}. Other names are mapped with "
+            "data.columns, e.g. 'data.columns={prompt: question, completion: answer}'."
+        )
+    result = Prepared(examples, [DataSource(source.name, len(examples), source.hash)], dropped)
+    if not examples or sum(dropped.values()) > max_dropped * total:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise UserError(
+            f"{source.name}: {sum(dropped.values())} of {total} rows cannot be used ({reasons}); at most "
+            f"{max_dropped:.0%} may be dropped. Mend the data, raise data.max_length (now {max_length}) or set "
+            "data.overflow=truncate for long rows, or allow more with data.max_dropped."
+            + (f" The first with unknown keys: {where_first}." if where_first else "")
+        )
+    return result
+
+
+def _listed(row: Row) -> str:
+    return f"the keys {', '.join(map(str, row))}" if row else "no keys"
+
+
+def _fit(example: Example, max_length: int, overflow: Overflow) -> Example:
+    """The example, if it fits into `max_length` tokens, or cut to fit; raises RowError."""
+    if example.longest <= max_length:
+        return example
+    if len(example.prompt) >= max_length:
+        raise RowError(f"with a prompt of {max_length} tokens or more")
+    if overflow == "drop":
+        raise RowError(f"longer than {max_length} tokens")
+    room = max_length - len(example.prompt)
+    cut = replace(example, completions=tuple(Completion(c.ids[:room], c.mask[:room]) for c in example.completions))
+    if not cut.targets:
+        raise RowError("with nothing to train on once cut")
+    return cut
+
+
+def mixed(main: Prepared, others: Sequence[tuple[Prepared, float]], seed: int) -> Prepared:
+    """`main` with `weight · len(main)` rows drawn from each other source (over again where it has too few)."""
+    examples = list(main.examples)
+    sources, dropped = list(main.sources), Counter(main.dropped)
+    for number, (other, weight) in enumerate(others):
+        wanted = round(weight * len(main.examples))
+        order: list[Example] = []
+        draw = random.Random(f"{seed}-{number}")
+        while len(order) < wanted:
+            order.extend(draw.sample(other.examples, min(len(other.examples), wanted - len(order))))
+        examples.extend(order)
+        sources.append(replace(other.sources[0], rows=wanted))
+        dropped.update(other.dropped)
+    return Prepared([replace(e, index=k) for k, e in enumerate(examples)], sources, dropped)
+
+
+def load_examples(
+    path: str | Sequence[Row],
+    encoder: ChatEncoder,
+    kind: Kind,
+    *,
+    val_path: str | Sequence[Row] | None = None,
+    val_split: float = 0.1,
+    split: str = "train",
+    mix: Sequence[Mix] = (),
+    max_val_rows: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Prepared, Prepared | None]:
+    """Training and held-out examples.
+
+    Held-out rows are those of `val_path`; else those beside `train.*` in a folder (`heldout.*`, `validation.*`); else
+    `val_split` of the rows, drawn with `seed`. `options` go to `prepare`.
+    """
+    main = prepare(open_source(path, split), encoder, kind, **options)
+    held_out = open_source(val_path, split) if val_path is not None else None
+    if held_out is None and isinstance(path, str):
+        held_out = held_out_source(path)
+    val: Prepared | None = None
+    if held_out is not None:
+        val = prepare(held_out, encoder, kind, **{**options, "max_rows": max_val_rows})
+    elif val_split > 0 and len(main.examples) > 1:
+        count = min(max(1, round(val_split * len(main.examples))), len(main.examples) - 1)
+        chosen = set(random.Random(seed).sample(range(len(main.examples)), count))
+        kept = [e for k, e in enumerate(main.examples) if k not in chosen]
+        out = [e for k, e in enumerate(main.examples) if k in chosen]
+        source = main.sources[0]
+        val = Prepared([replace(e, index=k) for k, e in enumerate(out)], [replace(source, rows=len(out))])
+        main = Prepared(
+            [replace(e, index=k) for k, e in enumerate(kept)], [replace(source, rows=len(kept))], main.dropped
+        )
+    others = [
+        (prepare(open_source(part.path, part.split), encoder, kind, **{**options, "max_rows": None}), part.weight)
+        for part in mix
+    ]
+    return mixed(main, others, seed) if others else main, val
+
+
+class ExamplesDataModule(L.LightningDataModule):
+    """Windows of examples for Lightning; arguments as of `WindowLoader`."""
+
+    def __init__(
+        self,
+        train: Sequence[Example],
+        val: Sequence[Example] | None = None,
+        *,
+        batch_size: int = 8,
+        max_tokens: int = 4096,
+        layout: Layout = "packed",
+        pad_id: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.layout, self.pad_id = layout, pad_id
+        self.shuffle, self.seed = shuffle, seed
+
+    def train_dataloader(self) -> WindowLoader:
+        return self._loader(self.train, self.shuffle)
+
+    def val_dataloader(self) -> WindowLoader | list[Any]:
+        return self._loader(self.val, False) if self.val else []
+
+    def _loader(self, examples: Sequence[Example], shuffle: bool) -> WindowLoader:
+        trainer = self.trainer
+        return WindowLoader(
+            examples,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            layout=self.layout,
+            pad_id=self.pad_id,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            processes=trainer.world_size if trainer else 1,
+        )

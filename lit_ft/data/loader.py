@@ -1,0 +1,95 @@
+"""The loader of windows: deterministic for a seed, resumable in the middle of an epoch, without workers.
+
+Examples are token ids in memory, so building a batch costs microseconds; what DataLoader's workers are for is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lit_ft.batches import Example, Window
+from lit_ft.data.packing import Layout, lay_out, share_by_tokens, split_by_tokens
+
+
+class WindowLoader:
+    """Yields one `Window` per optimizer step; every example comes once per epoch over all processes.
+
+    Args:
+        examples: the data set.
+        batch_size: examples per optimizer step, over all processes: what the optimizer sees.
+        max_tokens: tokens per forward pass: what the memory sees. It does not change the result.
+        layout: `packed` or `padded`.
+        pad_id: token that fills padded rows.
+        shuffle, seed: order of the examples, anew each epoch.
+        rank, processes: this process and how many there are.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        max_tokens: int,
+        layout: Layout = "packed",
+        pad_id: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        if len(examples) < processes:
+            raise ValueError(f"{len(examples)} examples cannot be shared by {processes} processes")
+        self.examples = examples
+        self.batch_size = max(batch_size, processes)
+        self.max_tokens = max_tokens
+        self.layout: Layout = layout
+        self.pad_id = pad_id
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank, self.processes = rank, processes
+        self._epoch = -1
+        self._position = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return len(self._windows(0))
+
+    def __iter__(self) -> Iterator[Window]:
+        if not self._resumed or self._position >= len(self):
+            self._epoch, self._position = self._epoch + 1, 0
+        self._resumed = False
+        windows = self._windows(self._epoch)
+        while self._position < len(windows):
+            self._position += 1
+            yield self._window([self.examples[k] for k in windows[self._position - 1]])
+
+    def _windows(self, epoch: int) -> list[list[int]]:
+        order = list(range(len(self.examples)))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        windows = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
+        if len(windows) > 1 and len(windows[-1]) < self.processes:
+            windows[-2:] = [windows[-2] + windows[-1]]  # every process needs at least one example
+        return windows
+
+    def _window(self, examples: list[Example]) -> Window:
+        mine = share_by_tokens(examples, self.processes)[self.rank]
+        groups = split_by_tokens(mine, self.max_tokens, self.layout)
+        return Window(
+            batches=tuple(lay_out(group, self.layout, self.pad_id) for group in groups),
+            targets=sum(example.targets for example in examples),
+            examples=len(examples),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is (Lightning puts it into checkpoints)."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the window that `state` was taken at."""
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._resumed = True

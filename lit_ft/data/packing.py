@@ -1,0 +1,55 @@
+"""Dividing a window of examples into micro-batches within a token budget, and over processes by tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lit_ft.batches import Batch, Example, pack, pad
+
+Layout = Literal["packed", "padded"]
+
+
+def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout) -> list[list[Example]]:
+    """Micro-batches of at most `max_tokens` each; an example above that is a batch of its own.
+
+    Packed: best fit, longest first. Padded: examples of like length together, counting the padding.
+    """
+    longest_first = sorted(examples, key=lambda e: (-(e.tokens if layout == "packed" else e.longest), e.index))
+    if layout == "padded":
+        groups: list[list[Example]] = []
+        rows = width = 0
+        for example in longest_first:
+            rows += len(example.completions)
+            if not groups or rows * width > max_tokens:
+                groups.append([])
+                rows, width = len(example.completions), example.longest
+            groups[-1].append(example)
+        return groups
+    groups, room = [], []
+    for example in longest_first:
+        fitting = [k for k, free in enumerate(room) if free >= example.tokens]
+        if fitting:
+            best = min(fitting, key=lambda k: room[k])
+            groups[best].append(example)
+            room[best] -= example.tokens
+        else:
+            groups.append([example])
+            room.append(max_tokens - example.tokens)
+    return groups
+
+
+def share_by_tokens(examples: Sequence[Example], processes: int) -> list[list[Example]]:
+    """Every example to exactly one process, the longest first to whichever has the fewest tokens."""
+    shares: list[list[Example]] = [[] for _ in range(processes)]
+    load = [0] * processes
+    for example in sorted(examples, key=lambda e: (-e.tokens, e.index)):
+        least = min(range(processes), key=lambda k: (load[k], len(shares[k]), k))
+        shares[least].append(example)
+        load[least] += example.tokens
+    return shares
+
+
+def lay_out(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
+    """One batch of `examples` in the given layout."""
+    return pack(examples) if layout == "packed" else pad(examples, pad_id)

@@ -1,0 +1,114 @@
+"""Attention over packed rows: examples never see each other, completions see their prompt and themselves.
+
+Registered with transformers' attention interface under the name `lit_ft_packed`; any model that goes through that
+interface works unchanged. The segments of the row travel as a keyword argument of the model's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_ft.batches import Segment
+
+PACKED = "lit_ft_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each segment of one packed row.
+
+    Args:
+        query: `(1, heads, T, D)`; key, value: `(1, kv_heads, T, D)`.
+        segments: where the examples lie; without them this is plain SDPA under `attention_mask` (generation).
+
+    Returns:
+        `(1, T, heads, D)` as transformers expects, and None for the weights.
+    """
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    dropout = dropout if module.training else 0.0
+    if segments is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        plain = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+        return plain.transpose(1, 2).contiguous(), None
+
+    def causal_part(start: int, end: int) -> Tensor:
+        part = slice(start, end)
+        return F.scaled_dot_product_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], dropout_p=dropout, is_causal=True, scale=scaling
+        )
+
+    parts: list[Tensor] = []
+    for segment in segments:
+        # The prompt with its first completion is one ordinary causal sequence.
+        parts.append(causal_part(segment.start, segment.completion_ends[0]))
+        for start, end in zip(segment.completion_ends[:-1], segment.completion_ends[1:], strict=True):
+            prompt, own = slice(segment.start, segment.prompt_end), slice(start, end)
+            keys = torch.cat([key[:, :, prompt], key[:, :, own]], 2)
+            values = torch.cat([value[:, :, prompt], value[:, :, own]], 2)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, own],
+                    keys,
+                    values,
+                    attn_mask=_completion_mask(end - start, keys.shape[2], query.device),
+                    dropout_p=dropout,
+                    scale=scaling,
+                )
+            )
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _completion_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """`(queries, keys)` True where a completion's token may look: the whole prompt, then itself causally."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Packed attention knows its segments; transformers would read the positions as one long sequence."""
+    return None
+
+
+def register_packed_attention() -> None:
+    """Make `lit_ft_packed` known to transformers; calling it twice does no harm."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(PACKED, packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+
+
+def why_not_packable(model: nn.Module) -> str | None:
+    """None if `model` can score packed rows, else the reason in a few words."""
+    import inspect
+
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"it has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "it attends in a sliding window"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no position_ids"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "absolute") == "alibi":
+        return "its positions are attention biases (ALiBi)"
+    return None

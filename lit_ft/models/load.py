@@ -1,0 +1,105 @@
+"""Loading a causal language model and its tokenizer, with errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from lit_ft.errors import UserError
+from lit_ft.models.resolve import resolve_model, unreachable
+
+
+def load_tokenizer(model_id: str) -> Any:
+    """The tokenizer of `bundled`, a folder or a Hub id; a padding token is added by name if it has none.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model_id))
+    except (OSError, ValueError) as error:
+        raise unreachable(model_id, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out everywhere, so any token serves
+    return tokenizer
+
+
+def load_model(
+    model_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    tiny: bool = False,
+) -> Any:
+    """The model in `dtype`, without dropout changes, on the CPU.
+
+    Args:
+        model_id: `bundled`, a folder or a Hub id.
+        dtype: of its weights.
+        attention: transformers' `attn_implementation`; `flash_attention_2` falls back to SDPA where it is missing.
+        tiny: keep the architecture and the vocabulary but make it two narrow layers with random weights, so that a
+            configuration can be tried in seconds (`debug` runs and tests).
+
+    Raises:
+        UserError: it cannot be reached, or is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    where = resolve_model(model_id)
+    if attention == "flash_attention_2" and not _has_flash_attention():
+        attention = "sdpa"
+    logging.disable_progress_bar()
+    try:
+        if tiny:
+            config = shrink(AutoConfig.from_pretrained(where))
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise unreachable(model_id, error) from error
+    finally:
+        logging.enable_progress_bar()
+
+
+def shrink(config: Any) -> Any:
+    """`config` with two layers of width 64: same architecture, same vocabulary."""
+    heads = 4
+    narrow = {
+        "hidden_size": 64,
+        "n_embd": 64,
+        "word_embed_proj_dim": 64,
+        "intermediate_size": 128,
+        "ffn_dim": 128,
+        "n_inner": 128,
+        "num_hidden_layers": 2,
+        "n_layer": 2,
+        "num_attention_heads": heads,
+        "n_head": heads,
+        "num_key_value_heads": min(2, getattr(config, "num_key_value_heads", None) or 2),
+        "head_dim": 16,
+    }
+    for key, value in narrow.items():
+        if getattr(config, key, None) is not None:
+            setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    return config
+
+
+def _has_flash_attention() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens the model's positions reach, or None if it does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+
+
+def check_not_quantized(model: Any) -> None:
+    """Raise UserError for a base that cannot be trained in full."""
+    if getattr(model, "is_quantized", False):
+        raise UserError("peft=full cannot train quantized weights; use peft=lora or an unquantized model.")

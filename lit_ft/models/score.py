@@ -1,0 +1,71 @@
+"""The one forward path of every algorithm: a batch in, log-probabilities at its targets out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_ft.batches import Batch
+from lit_ft.errors import UserError
+from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
+from lit_ft.models.adapt import causal_lm
+from lit_ft.models.attention import PACKED, register_packed_attention, why_not_packable
+
+
+def use_packed_attention(model: Any) -> str | None:
+    """Switch `model` to packed attention and return None, or return why it cannot be packed (it is left as it was)."""
+    lm = causal_lm(model)
+    reason = why_not_packable(lm)
+    if reason is None:
+        register_packed_attention()
+        lm.set_attn_implementation(PACKED)
+    return reason
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """`(B·T, H)` last hidden states of the batch, without the vocabulary-wide output layer."""
+    lm = causal_lm(model)
+    kwargs: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
+    if batch.segments is not None:
+        kwargs["segments"] = batch.segments
+    else:
+        kwargs["attention_mask"] = batch.attention_mask
+    out = lm.base_model(input_ids=batch.input_ids, **kwargs).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
+
+
+def score(model: Any, batch: Batch, chunk: int = 256) -> TokenScores:
+    """Log-probabilities (N,) of the batch's targets; only the positions that predict one meet the vocabulary."""
+    lm = causal_lm(model)
+    head = _plain_head(lm)
+    hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
+    hidden = hidden * _logit_scale(lm.config)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    softcap = getattr(lm.config, "final_logit_softcapping", None)
+    return token_scores(hidden, head.weight, batch.target_ids, head.bias, softcap=softcap, chunk=chunk)
+
+
+def completion_logprobs(model: Any, batch: Batch) -> Tensor:
+    """`(C,)` log-probabilities of the batch's completions, summed over their targets."""
+    return sum_by_completion(score(model, batch).logprobs, batch.target_completion, batch.num_completions)
+
+
+def _plain_head(lm: Any) -> nn.Linear:
+    head = lm.get_output_embeddings()
+    head = getattr(head, "base_layer", head) if not hasattr(head, "lora_A") else head
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"The output layer of {type(lm).__name__} is a {type(head).__name__}, which cannot be scored in chunks: "
+            "leave it out of peft.target_modules."
+        )
+    return head
+
+
+def _logit_scale(config: Any) -> float:
+    """What the architecture multiplies its logits by (Cohere) or divides them by (Granite)."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        return float(scale)
+    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -1,0 +1,101 @@
+"""Reference log-probabilities of preference data: computed once, kept on disk under a key of all they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_ft.batches import Example
+from lit_ft.data.packing import Layout, lay_out, split_by_tokens
+from lit_ft.models.adapt import is_adapted
+from lit_ft.models.score import completion_logprobs
+from lit_ft.progress import Progress
+
+
+def reference_key(examples: Sequence[Example], **depends_on: Any) -> str:
+    """A hash of the examples' ids and masks and of everything else that the log-probabilities depend on."""
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode())
+    for example in examples:
+        for completion in example.completions:
+            digest.update(repr((example.prompt, completion.ids, completion.mask)).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    disable_adapter: bool,
+    max_tokens: int,
+    layout: Layout,
+    pad_id: int = 0,
+    autocast: torch.dtype | None = None,
+) -> list[tuple[float, ...]]:
+    """Summed log-probabilities of every completion, in the examples' order, under `model` as it is now.
+
+    Args:
+        disable_adapter: score with the adapters switched off (`reference: base`).
+        max_tokens, layout, pad_id: how examples are put into batches.
+        autocast: dtype of mixed precision, or None.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    off = model.disable_adapter() if disable_adapter and is_adapted(model) else contextlib.nullcontext()
+    mixed = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
+    found: list[tuple[float, ...]] = [()] * len(examples)
+    places = {id(example): k for k, example in enumerate(examples)}
+    progress = Progress("reference log-probabilities", len(examples))
+    with off, mixed:
+        for group in split_by_tokens(examples, max_tokens, layout):
+            logps = completion_logprobs(model, lay_out(group, layout, pad_id).to(device)).tolist()
+            for example in group:
+                count = len(example.completions)
+                found[places[id(example)]], logps = tuple(logps[:count]), logps[count:]
+            progress.advance(len(group))
+    progress.close()
+    model.train(was_training)
+    return found
+
+
+def attach(examples: Sequence[Example], logprobs: Sequence[tuple[float, ...]]) -> list[Example]:
+    """The examples with their reference log-probabilities."""
+    return [replace(example, reference=values) for example, values in zip(examples, logprobs, strict=True)]
+
+
+def read_cached(folder: Path, key: str) -> list[tuple[float, ...]] | None:
+    """Log-probabilities kept under `key`, or None."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / f"{key}.safetensors"
+    try:
+        kept = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    values, counts = kept["logprobs"].tolist(), kept["completions"].tolist()
+    found = []
+    for count in counts:
+        found.append(tuple(values[:count]))
+        values = values[count:]
+    return found
+
+
+def write_cached(folder: Path, key: str, logprobs: Sequence[tuple[float, ...]]) -> None:
+    """Keep log-probabilities under `key`; written beside and renamed."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{key}-{uuid.uuid4().hex[:8]}"
+    flat = torch.tensor([value for values in logprobs for value in values])
+    save_file({"logprobs": flat, "completions": torch.tensor([len(values) for values in logprobs])}, beside)
+    beside.replace(folder / f"{key}.safetensors")
