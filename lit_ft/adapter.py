@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class Card:
         known["data"] = [DataSource(str(d["source"]), int(d["rows"]), str(d["hash"])) for d in values["data"]]
         known["version"] = int(values["version"])
         known["metrics"] = {str(key): float(value) for key, value in dict(values["metrics"]).items()}
+        for key, described in cls.__dataclass_fields__.items():
+            if described.default is MISSING and key not in known:
+                raise KeyError(key)
         return cls(**known)
 
 
@@ -164,13 +167,20 @@ def read(path: Path) -> Adapter:
         AdapterError: the folder is missing, incomplete, unreadable, not where its card says, or its weights are not
             those that were published.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read(path: Path) -> Adapter:
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder.")
     if not (path / CARD).is_file():
         raise AdapterError(f"{path} has no {CARD}: it was not published by lit_ft, or only in part.")
     try:
         card = Card.from_dict(json.loads((path / CARD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
         raise AdapterError(f"{path / CARD} {reason}.") from error
     if (path.parent.name, path.name) != (card.name, f"v{card.version}"):
@@ -249,7 +259,7 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
         write(staging)
         digest = weights_sha256(staging)
         while True:
-            versions = [number for _, number, _ in _version_folders(root, name)]
+            versions = _taken(root / name)
             card = Card(
                 **{key: getattr(draft, key) for key in draft.__dataclass_fields__},
                 version=max(versions, default=0) + 1,
@@ -258,20 +268,24 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
             )
             (staging / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
             (staging / "README.md").write_text(model_card(card), "utf-8")
-            _flush(staging)
+            _flush_all(staging)
             target = root / name / f"v{card.version}"
             target.parent.mkdir(exist_ok=True)
             try:
                 staging.rename(target)
             except OSError:
-                if target.exists():  # another run published this number meanwhile: take the next one
+                if os.path.lexists(target):  # another run published this number meanwhile: take the next one
                     continue
                 raise
-            _flush_folder(target.parent)
+            with contextlib.suppress(OSError):  # it is there for all to see: too late to say that nothing was left
+                _flush(target.parent)
+                _flush(root)
             return Adapter(path=target, card=card)
-    except OSError as error:
+    except Exception as error:
+        if (reason := _system_reason(error)) is None:
+            raise
         raise UserError(
-            f"The adapter could not be published in {root}: {error.strerror or error}. Nothing was left there. "
+            f"The adapter could not be published in {root}: {reason}. Nothing was left there. "
             "Free some space or choose another folder with adapters=FOLDER; the last checkpoint is kept, "
             "so resume=last publishes it again without training anew."
         ) from error
@@ -279,16 +293,29 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _flush(folder: Path) -> None:
+def _taken(folder: Path) -> list[int]:
+    """The version numbers that stand in `folder`, whatever it is that bears them."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(match.group(1)) for match in map(_VERSION.fullmatch, names) if match]
+
+
+def _system_reason(error: Exception) -> str | None:
+    """What the operating system complained of, also where a library in Rust (safetensors) quotes it; else None."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(quoted.group(1))) if quoted else None
+
+
+def _flush_all(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _flush_folder(folder)
+        _flush(path)
+    _flush(folder)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, written to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,7 +198,7 @@ class _Targets:
         self.completion.extend([len(self.lengths)] * len(chosen))
         self.lengths.append(len(chosen))
 
-    def tensors(self, examples: Sequence[Example]) -> dict[str, Tensor | int | None]:
+    def tensors(self, examples: Sequence[Example]) -> dict[str, Any]:
         known = [example.reference for example in examples]
         flat = [value for values in known if values is not None for value in values]
         return {

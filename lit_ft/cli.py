@@ -40,12 +40,18 @@ def launch(task: Callable[[Any], int | None], config_name: str, schema: type) ->
     os.environ["HYDRA_FULL_ERROR"] = "1"
     debug = any(argument.removeprefix("+") in {"debug=true", "debug=True"} for argument in sys.argv[1:])
     outcome: list[int] = []
+    mistakes: list[UserError] = []
 
     def job(cfg: Any) -> None:
-        outcome.append(task(cfg) or 0)
+        try:
+            outcome.append(task(cfg) or 0)
+        except UserError as error:  # kept from Hydra, which would print lines of its own before ours
+            mistakes.append(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
+        if mistakes:
+            raise mistakes[0]
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if debug:
             traceback.print_exc()
@@ -76,6 +82,8 @@ def _first_words(error: Exception) -> str:
                 causes.append(line)
         seen = seen.__cause__
     text = " ".join(causes)
+    if override := getattr(error, "override", None):
+        text = f"{override!r} cannot be read: {text}"
     key = getattr(error, "full_key", None)
     place = f" (key: {key})" if key and key not in text else ""
     return f"{text}{place} See `python -m lit_ft --help` for what there is."

@@ -47,10 +47,10 @@ class Progress:
         self._shown_at = now
         self._write(self._line(now, note))
 
-    def close(self, note: str = "") -> None:
-        """Show the last state and end the line, if anything was shown."""
+    def close(self, note: str = "", *, always: bool = False) -> None:
+        """Show the last state and end the line, if it took over two seconds or `always` asks for it."""
         now = time.monotonic()
-        if now - self._start >= _QUIET_SECONDS:
+        if always or now - self._start >= _QUIET_SECONDS:
             self._write(self._line(now, note))
             if self._watched:
                 sys.stderr.write("\n")

@@ -8,6 +8,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ def reference_key(examples: Sequence[Example], **depends_on: Any) -> str:
     """A hash of the examples' ids and masks and of everything else that the log-probabilities depend on."""
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode())
     for example in examples:
-        for completion in example.completions:
-            digest.update(repr((example.prompt, completion.ids, completion.mask)).encode())
+        digest.update(repr((example.prompt, [(c.ids, c.mask) for c in example.completions])).encode())
     return digest.hexdigest()
 
 
@@ -53,14 +53,14 @@ def reference_logprobs(
     off = model.disable_adapter() if disable_adapter and is_adapted(model) else contextlib.nullcontext()
     mixed = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
     found: list[tuple[float, ...]] = [()] * len(examples)
-    places = {id(example): k for k, example in enumerate(examples)}
+    numbered = [replace(example, index=k) for k, example in enumerate(examples)]
     progress = Progress("reference log-probabilities", len(examples))
     with off, mixed:
-        for group in split_by_tokens(examples, max_tokens, layout):
+        for group in split_by_tokens(numbered, max_tokens, layout):
             logps = completion_logprobs(model, lay_out(group, layout, pad_id).to(device)).tolist()
             for example in group:
                 count = len(example.completions)
-                found[places[id(example)]], logps = tuple(logps[:count]), logps[count:]
+                found[example.index], logps = tuple(logps[:count]), logps[count:]
             progress.advance(len(group))
     progress.close()
     model.train(was_training)
@@ -82,12 +82,8 @@ def read_cached(folder: Path, key: str) -> list[tuple[float, ...]] | None:
         kept = load_file(path)
     except (OSError, SafetensorError):
         return None
-    values, counts = kept["logprobs"].tolist(), kept["completions"].tolist()
-    found = []
-    for count in counts:
-        found.append(tuple(values[:count]))
-        values = values[count:]
-    return found
+    values = iter(kept["logprobs"].tolist())
+    return [tuple(islice(values, count)) for count in kept["completions"].tolist()]
 
 
 def write_cached(folder: Path, key: str, logprobs: Sequence[tuple[float, ...]]) -> None:

@@ -55,7 +55,7 @@ class TrainingBar(ProgressBar):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._bar is not None:
-            self._bar.close(self._note(trainer, pl_module))
+            self._bar.close(self._note(trainer, pl_module), always=True)
 
     def _note(self, trainer: Any, pl_module: Any) -> str:
         start, tokens = self._clock

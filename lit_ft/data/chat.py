@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from lit_ft.batches import Completion, Example
 from lit_ft.data.formats import Message, Record, RowError, Text
@@ -39,7 +42,10 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
         raise UserError(f"data.chat_template={template}: no such file, and not one of the built-in ones ({names}).")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template={template}: {path} cannot be read ({error}).") from error
 
 
 class ChatEncoder:
@@ -67,8 +73,8 @@ class ChatEncoder:
         """The example of one record.
 
         Raises:
-            RowError: nothing in it is trained on.
-            UserError: it holds messages and the tokenizer has no chat template.
+            RowError: nothing in it (or in one of its completions) is trained on, or the chat template refuses it.
+            UserError: it holds messages and the tokenizer has no chat template, or one that rewrites earlier turns.
         """
         prompt, completions = record.prompt, record.completions
         if isinstance(prompt, list) and not prompt and len(completions) == 1:
@@ -79,7 +85,7 @@ class ChatEncoder:
             example = self._text(prompt, [str(c) for c in completions], index)
         else:
             example = self._chat(prompt, completions, index)
-        if not example.targets:
+        if not all(replace(example, completions=(completion,)).targets for completion in example.completions):
             raise RowError("nothing to train on")
         return example
 
@@ -93,17 +99,17 @@ class ChatEncoder:
             prompt_ids.pop()  # some tokenizers end every text, but the answer is still to come
         encoded = []
         for completion in completions:
-            ids = self._tokenize(completion) if prompt else list(self.tokenizer(completion)["input_ids"])
+            ids = self._tokenize(completion) if prompt_ids else list(self.tokenizer(completion)["input_ids"])
             if not ids or ids[-1] != self.tokenizer.eos_token_id:
                 ids.append(self.tokenizer.eos_token_id)
             encoded.append(Completion(tuple(ids), (True,) * len(ids)))
-        if not prompt:
+        if not prompt_ids and len(encoded) == 1:
             # The first token has nothing before it that could predict it: it is the prompt.
             only = encoded[0]
             return Example(only.ids[:1], (Completion(only.ids[1:], only.mask[1:]),), index)
         if self.train_on == "all" and len(encoded) == 1:
-            ids = (*prompt_ids, *encoded[0].ids)
-            return Example(ids[:1], (Completion(ids[1:], (True,) * (len(ids) - 1)),), index)
+            whole = Completion(tuple(prompt_ids) + encoded[0].ids, (True,) * (len(prompt_ids) + len(encoded[0].ids)))
+            return Example(whole.ids[:1], (Completion(whole.ids[1:], whole.mask[1:]),), index)
         return Example(tuple(prompt_ids), tuple(encoded), index)
 
     def _chat(self, prompt: Text, completions: Sequence[Text], index: int) -> Example:
@@ -122,8 +128,7 @@ class ChatEncoder:
     def _conversation(self, messages: Text, index: int) -> Example:
         if isinstance(messages, str):
             return self._text("", [messages], index)
-        last = max((k for k, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-        whole = self._segments(messages[: last + 1], skip=0)
+        whole = self._segments(messages, skip=0)
         if self.train_on == "all":
             whole.mask = [True] * len(whole.mask)
         if True not in whole.mask:
@@ -134,14 +139,15 @@ class ChatEncoder:
         )
 
     def _segments(self, messages: Sequence[Message], skip: int) -> _Ids:
-        """Ids of the turns from `skip` on; the turns before are the prompt, which ends with the answer's opening."""
+        """Ids of the turns from `skip` to the last answer; those before are the prompt, which ends with its opening."""
         out = _Ids()
+        last = max((k for k, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         done = self._render(messages[:skip], True) if skip else ""
-        for k in range(skip, len(messages)):
+        for k in range(skip, last + 1):
             if messages[k]["role"] != "assistant":
                 continue
-            opening = self._render(messages[:k], True) if k else self._render([], True)
             answered = self._render(messages[: k + 1], False)
+            opening = self._render(messages[:k], True) if k else self._first_opening(answered)
             if not opening.startswith(done) or not answered.startswith(opening):
                 raise UserError(
                     "The tokenizer's chat template writes an earlier turn differently once a later one follows, so "
@@ -151,7 +157,7 @@ class ChatEncoder:
             if len(opening) > len(done):
                 out.add(self._tokenize(opening[len(done) :]), False)
             answer = self._tokenize(answered[len(opening) :])
-            final = k == len(messages) - 1
+            final = k == last
             end = _last_index(answer, self.tokenizer.eos_token_id)
             if end is None and final:
                 answer, end = [*answer, self.tokenizer.eos_token_id], len(answer)
@@ -168,9 +174,23 @@ class ChatEncoder:
                 "The data holds conversations, but the model's tokenizer has no chat template. Choose one with "
                 "data.chat_template=chatml (or plain, or a Jinja file), or give data as prompt and completion strings."
             )
-        if not messages:
-            return ""
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+            )
+        except TemplateSyntaxError as error:
+            raise UserError(f"The chat template has a mistake in line {error.lineno}: {error.message}.") from error
+        except TemplateError as error:
+            # Templates refuse what their models were not trained on: a system's turn, two user's turns in a row.
+            raise RowError(f"refused by the chat template ({error})") from error
+
+    def _first_opening(self, answered: str) -> str:
+        """What stands before the answer in a conversation that the assistant begins, such as with a greeting."""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        header = self._render(asked, True).removeprefix(self._render(asked, False))
+        if not header or header not in answered:
+            raise RowError("begun by the assistant, which the chat template does not mark")
+        return answered[: answered.index(header) + len(header)]
 
 
 def _turns(completion: Text) -> list[Message]:

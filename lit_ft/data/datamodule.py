@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections import Counter
@@ -78,34 +79,36 @@ def prepare(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     rows = source.rows if max_rows is None else [source.rows[k] for k in range(min(max_rows, len(source.rows)))]
-    where_first = ""
+    first: dict[str, str] = {}
+    first_unknown = ""
     for where, row in Progress.over(rows, f"tokenizing {source.name}"):
         try:
             record = to_record(row, kind, columns)
             if record is None:
-                where_first = where_first or f"{where} has {_listed(row)}"
+                first_unknown = first_unknown or f"{where} has {_listed(row)}"
                 raise RowError("with unknown keys")
             example = encoder.encode(record, index=len(examples))
             examples.append(_fit(example, max_length, overflow))
         except RowError as reason:
             dropped[str(reason)] += 1
+            first.setdefault(str(reason), where)
     total = len(rows)
     if not total:
         raise UserError(f"{source.name} holds no rows.")
     if dropped["with unknown keys"] == total:
         accepted = "; ".join(f"{known.name}: {', '.join(known.keys)}" for known in formats(kind))
         raise UserError(
-            f"{where_first}, which is no known {kind} format. Accepted are {accepted}. Other names are mapped with "
+            f"{first_unknown}, which is no known {kind} format. Accepted are {accepted}. Other names are mapped with "
             "data.columns, e.g. 'data.columns={prompt: question, completion: answer}'."
         )
     result = Prepared(examples, [DataSource(source.name, len(examples), source.hash)], dropped)
     if not examples or sum(dropped.values()) > max_dropped * total:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        reasons = "; ".join(f"{count} {reason}, first {first[reason]}" for reason, count in dropped.most_common())
         raise UserError(
             f"{source.name}: {sum(dropped.values())} of {total} rows cannot be used ({reasons}); at most "
             f"{max_dropped:.0%} may be dropped. Mend the data, raise data.max_length (now {max_length}) or set "
             "data.overflow=truncate for long rows, or allow more with data.max_dropped."
-            + (f" The first with unknown keys: {where_first}." if where_first else "")
+            + (f" The first with unknown keys: {first_unknown}." if first_unknown else "")
         )
     return result
 
@@ -124,16 +127,22 @@ def _fit(example: Example, max_length: int, overflow: Overflow) -> Example:
         raise RowError(f"longer than {max_length} tokens")
     room = max_length - len(example.prompt)
     cut = replace(example, completions=tuple(Completion(c.ids[:room], c.mask[:room]) for c in example.completions))
-    if not cut.targets:
-        raise RowError("with nothing to train on once cut")
+    if len(set(cut.completions)) < len(cut.completions):
+        raise RowError("with equal completions once cut")
     return cut
 
 
 def mixed(main: Prepared, others: Sequence[tuple[Prepared, float]], seed: int) -> Prepared:
-    """`main` with `weight · len(main)` rows drawn from each other source (over again where it has too few)."""
+    """`main` with `weight · len(main)` rows drawn from each other source (over again where it has too few).
+
+    Raises:
+        UserError: a weight is negative or no number.
+    """
     examples = list(main.examples)
     sources, dropped = list(main.sources), Counter(main.dropped)
     for number, (other, weight) in enumerate(others):
+        if not 0 <= weight < math.inf:
+            raise UserError(f"data.mix: weight={weight} of {other.sources[0].source} is not a number from 0 on.")
         wanted = round(weight * len(main.examples))
         order: list[Example] = []
         draw = random.Random(f"{seed}-{number}")
@@ -161,7 +170,7 @@ def load_examples(
     """Training and held-out examples.
 
     Held-out rows are those of `val_path`; else those beside `train.*` in a folder (`heldout.*`, `validation.*`); else
-    `val_split` of the rows, drawn with `seed`. `options` go to `prepare`.
+    `val_split` of the rows, drawn with `seed`; at most `max_val_rows`. `options` go to `prepare`.
     """
     main = prepare(open_source(path, split), encoder, kind, **options)
     held_out = open_source(val_path, split) if val_path is not None else None
@@ -170,8 +179,9 @@ def load_examples(
     val: Prepared | None = None
     if held_out is not None:
         val = prepare(held_out, encoder, kind, **{**options, "max_rows": max_val_rows})
-    elif val_split > 0 and len(main.examples) > 1:
-        count = min(max(1, round(val_split * len(main.examples))), len(main.examples) - 1)
+    elif val_split > 0 and len(main.examples) > 1 and max_val_rows != 0:
+        most = len(main.examples) - 1 if max_val_rows is None else min(max_val_rows, len(main.examples) - 1)
+        count = min(max(1, round(val_split * len(main.examples))), most)
         chosen = set(random.Random(seed).sample(range(len(main.examples)), count))
         kept = [e for k, e in enumerate(main.examples) if k not in chosen]
         out = [e for k, e in enumerate(main.examples) if k in chosen]
@@ -207,9 +217,23 @@ class ExamplesDataModule(L.LightningDataModule):
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.layout, self.pad_id = layout, pad_id
         self.shuffle, self.seed = shuffle, seed
+        self._training: WindowLoader | None = None
+        self._resume_at: dict[str, Any] | None = None
 
     def train_dataloader(self) -> WindowLoader:
-        return self._loader(self.train, self.shuffle)
+        self._training = self._loader(self.train, self.shuffle)
+        if self._resume_at is not None:
+            self._training.load_state_dict(self._resume_at)
+            self._resume_at = None
+        return self._training
+
+    # Lightning restores a stateful loader only in some of its restart cases; a datamodule always.
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._training.state_dict() if self._training is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume_at = state_dict or None
 
     def val_dataloader(self) -> WindowLoader | list[Any]:
         return self._loader(self.val, False) if self.val else []

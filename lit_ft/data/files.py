@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def open_source(origin: str | Sequence[Row], split: str = "train") -> Source:
         UserError: the file does not exist, a line cannot be read (with its number), or the Hub cannot be reached.
     """
     if not isinstance(origin, str):
-        rows = [dict(row) for row in origin]
-        text = json.dumps(rows, sort_keys=True, default=str).encode()
-        return Source("python", f"sha256:{hashlib.sha256(text).hexdigest()}", _placed("row ", rows))
+        rows = [(where, _need_object(row, where)) for where, row in _placed("row ", origin)]
+        text = json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()
+        return Source("python", f"sha256:{hashlib.sha256(text).hexdigest()}", rows)
     path = _local(origin)
     if path is None:
         return _from_hub(origin, split)
@@ -60,7 +61,10 @@ def open_source(origin: str | Sequence[Row], split: str = "train") -> Source:
     if reader is None:
         raise UserError(f"data.path={origin}: the ending {path.suffix!r} is none of {', '.join(ENDINGS)}.")
     name = origin if origin.startswith(EXAMPLES) else path.name
-    return Source(name, f"sha256:{sha256_file(path)}", reader(path))
+    try:
+        return Source(name, f"sha256:{sha256_file(path)}", reader(path))
+    except OSError as error:
+        raise UserError(f"data.path={origin}: {path} cannot be read ({error.strerror or error}).") from error
 
 
 def held_out_source(origin: str) -> Source | None:
@@ -75,11 +79,10 @@ def held_out_source(origin: str) -> Source | None:
 def _local(origin: str) -> Path | None:
     """The path that `origin` means, or None for a Hub id."""
     if origin.startswith(EXAMPLES):
-        folder = examples_folder() / origin.removeprefix(EXAMPLES)
-        if not folder.exists():
-            there = ", ".join(sorted(p.name for p in examples_folder().glob("*") if p.is_dir()))
-            raise UserError(f"data.path={origin}: there is no such example data. There are: {there}.")
-        return folder
+        folders = {folder.name: folder for folder in sorted(examples_folder().glob("*")) if folder.is_dir()}
+        if (name := origin.removeprefix(EXAMPLES)) not in folders:
+            raise UserError(f"data.path={origin}: there is no such example data. There are: {', '.join(folders)}.")
+        return folders[name]
     path = Path(origin).expanduser()
     if path.exists():
         return path
@@ -106,15 +109,16 @@ def _placed(prefix: str, rows: Sequence[Any], first: int = 1) -> list[tuple[str,
 
 
 def _need_object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected an object with named fields, found {type(value).__name__}.")
-    return value
+    return dict(value)
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Row]]:
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        # Not splitlines(), which also cuts at characters that JSON allows within a string (U+2028, U+0085).
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
@@ -144,20 +148,23 @@ def _read_json(path: Path) -> list[tuple[str, Row]]:
 
 
 def _read_csv(path: Path) -> list[tuple[str, Row]]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 KiB is less than a long document
+    rows = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restkey="_more", strict=True)
-            rows = []
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if "_more" in row or None in row.values():
-                    raise UserError(f"{where}: this line has another number of fields than the header.")
-                rows.append((where, dict(row)))
-            return rows
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file with a header ({error}).") from error
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="_more", strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if "_more" in row or None in row.values():
+                raise UserError(f"{where}: this line has another number of fields than the header.")
+            rows.append((where, dict(row)))
+    except csv.Error as error:
+        # The line on which the broken row begins: an open quote swallows all that follow.
+        raise UserError(f"{path}:{reader.line_num + 1}: not a line of CSV ({error}).") from error
+    return rows
 
 
 def _read_parquet(path: Path) -> list[tuple[str, Row]]:

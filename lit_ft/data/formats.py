@@ -5,6 +5,7 @@ A new format is one function and one line in `SFT_FORMATS` or `PREFERENCE_FORMAT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,25 @@ class Format:
     read: Callable[[Mapping[str, Any]], Record]
 
 
+def _absent(value: Any) -> bool:
+    """None, and the NaN that pandas puts where there is no value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _string(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can spell half of a character
+        raise RowError(f"{what} is not Unicode text") from error
+    return value
+
+
+def _optional(row: Mapping[str, Any], key: str) -> str:
+    return "" if _absent(row.get(key)) else _string(row[key], key)
+
+
 def messages_of(value: Any) -> list[Message]:
     """Messages in OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`) form, roles made uniform."""
     found = [value] if isinstance(value, Mapping) else value
@@ -51,76 +71,108 @@ def messages_of(value: Any) -> list[Message]:
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise RowError("a message without role and text")
-        out.append({"role": _ROLES.get(role, role), "content": content})
+        out.append({"role": _ROLES.get(role, role), "content": _string(content, "a message")})
     return out
 
 
-def _text(value: Any) -> Text:
+def _text(value: Any, what: str) -> Text:
     """A string as it is, or messages."""
-    return value if isinstance(value, str) else messages_of(value)
+    return messages_of(value) if isinstance(value, (list, Mapping)) else _string(value, what)
 
 
-def _answer(value: Any) -> Text:
-    answer = _text(value)
-    if not answer or (isinstance(answer, str) and not answer.strip()):
+def _answered(text: Text) -> bool:
+    if isinstance(text, str):
+        return bool(text.strip())
+    return any(message["role"] == "assistant" and message["content"].strip() for message in text)
+
+
+def _answer(value: Any, what: str) -> Text:
+    answer = _text(value, what)
+    if not _answered(answer):
         raise RowError("empty answer")
     return answer
 
 
+def _record(prompt: Text, *completions: Text) -> Record:
+    """The record of a prompt and its answers; raises RowError where they cannot follow each other."""
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise RowError("empty prompt")
+    for completion in completions:
+        if not isinstance(completion, str) and completion[0]["role"] != "assistant":
+            raise RowError("the answer does not begin with the assistant's turn")
+    if len(completions) > 1 and completions[0] == completions[1]:
+        raise RowError("chosen equals rejected")
+    return Record(prompt, completions)
+
+
+def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """`messages` after the system prompt of the column `system`, unless they have their own."""
+    system = _optional(row, "system")
+    if system and messages and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
 def _conversation(row: Mapping[str, Any], key: str) -> Record:
     messages = messages_of(row[key])
-    if isinstance(system := row.get("system"), str) and system and messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+    if not _answered(messages):
         raise RowError("no assistant turn")
-    return Record([], (messages,))
+    return Record([], (_with_system(row, messages),))
 
 
 def _alpaca_prompt(row: Mapping[str, Any]) -> list[Message]:
-    question = "\n".join(part for part in (row.get("instruction"), row.get("input")) if part)
+    question = "\n".join(part for key in ("instruction", "input") if (part := _optional(row, key)))
     if not question.strip():
-        raise RowError("empty instruction")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return [*messages, {"role": "user", "content": question}]
+        raise RowError("empty prompt")
+    messages: list[Message] = []
+    history = [] if _absent(row.get("history")) else row["history"] or []
+    if not isinstance(history, list) or not all(isinstance(t, (list, tuple)) and len(t) == 2 for t in history):
+        raise RowError("history is not a list of questions with answers")
+    for asked, answered in history:
+        messages.append({"role": "user", "content": _string(asked, "history")})
+        messages.append({"role": "assistant", "content": _string(answered, "history")})
+    return _with_system(row, [*messages, {"role": "user", "content": question}])
 
 
 def _alpaca(row: Mapping[str, Any]) -> Record:
-    answer = _answer(row["output"])
-    return Record(_alpaca_prompt(row), (answer,))
+    return _record(_alpaca_prompt(row), _answer(row["output"], "output"))
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Record:
-    return Record(_text(row["prompt"]), (_answer(row["completion"]),))
+    return _record(_text(row["prompt"], "prompt"), _answer(row["completion"], "completion"))
 
 
 def _plain(row: Mapping[str, Any]) -> Record:
-    if not isinstance(row["text"], str) or not row["text"].strip():
+    text = _string(row["text"], "text")
+    if not text.strip():
         raise RowError("empty text")
-    return Record("", (row["text"],))
+    return Record("", (text,))
 
 
-def _differ(record: Record) -> Record:
-    if record.completions[0] == record.completions[1]:
-        raise RowError("chosen equals rejected")
-    return record
+def _pair(row: Mapping[str, Any]) -> tuple[Text, Text]:
+    return _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
 
 
 def _preference(row: Mapping[str, Any]) -> Record:
-    return _differ(Record(_text(row["prompt"]), (_answer(row["chosen"]), _answer(row["rejected"]))))
+    chosen, rejected = _pair(row)
+    if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
+        return _implicit_prompt(row)  # whole conversations, beside which `prompt` says the question again
+    return _record(_text(row["prompt"], "prompt"), chosen, rejected)
+
+
+def _alpaca_preference(row: Mapping[str, Any]) -> Record:
+    return _record(_alpaca_prompt(row), *_pair(row))
 
 
 def _sharegpt_preference(row: Mapping[str, Any]) -> Record:
-    prompt = messages_of(row["conversations"])
-    return _differ(Record(prompt, (_answer(row["chosen"]), _answer(row["rejected"]))))
+    return _record(_with_system(row, messages_of(row["conversations"])), *_pair(row))
 
 
 def _implicit_prompt(row: Mapping[str, Any]) -> Record:
     """The prompt is what `chosen` and `rejected` have in common (TRL's `extract_prompt`)."""
     from trl.data_utils import extract_prompt
 
-    chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
+    chosen, rejected = _pair(row)
     if isinstance(chosen, str) and isinstance(rejected, str) and _HUMAN in chosen and _ASSISTANT in chosen:
         chosen, rejected = transcript(chosen), transcript(rejected)
     if type(chosen) is not type(rejected) or chosen == rejected:
@@ -132,7 +184,7 @@ def _implicit_prompt(row: Mapping[str, Any]) -> Record:
     found = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not found["prompt"]:
         raise RowError("chosen and rejected have no prompt in common")
-    return _differ(Record(found["prompt"], (_answer(found["chosen"]), _answer(found["rejected"]))))
+    return _record(found["prompt"], *_pair(found))
 
 
 def transcript(text: str) -> list[Message]:
@@ -161,6 +213,7 @@ SFT_FORMATS = (
 PREFERENCE_FORMATS = (
     Format("sharegpt preference", ("conversations", "chosen", "rejected"), _sharegpt_preference),
     Format("preference", ("prompt", "chosen", "rejected"), _preference),
+    Format("alpaca preference", ("instruction", "chosen", "rejected"), _alpaca_preference),
     Format("implicit prompt", ("chosen", "rejected"), _implicit_prompt),
 )
 
@@ -184,6 +237,9 @@ def to_record(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str] | N
     if columns:
         row = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
     for known in formats(kind):
-        if all(row.get(key) is not None for key in known.keys):
+        if not any(_absent(row.get(key)) for key in known.keys):
             return known.read(row)
+    for known in formats(kind):
+        if all(key in row for key in known.keys):
+            raise RowError(f"without a value in {', '.join(key for key in known.keys if _absent(row[key]))}")
     return None

@@ -26,7 +26,8 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout
                 rows, width = len(example.completions), example.longest
             groups[-1].append(example)
         return groups
-    groups, room = [], []
+    groups = []
+    room: list[int] = []
     for example in longest_first:
         fitting = [k for k, free in enumerate(room) if free >= example.tokens]
         if fitting:

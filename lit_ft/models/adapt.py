@@ -101,10 +101,16 @@ def causal_lm(model: Any) -> Any:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout's rate to zero, for good."""
+    """Set every dropout's rate to zero, for good.
+
+    Many models (OPT, Llama, …) hold rates as plain numbers, which they give to functions: `module.dropout = 0.1`.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in rates:
+            setattr(module, name, 0.0)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

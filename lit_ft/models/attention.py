@@ -34,7 +34,7 @@ def packed_attention(
 
     Args:
         query: `(1, heads, T, D)`; key, value: `(1, kv_heads, T, D)`.
-        segments: where the examples lie; without them this is plain SDPA under `attention_mask` (generation).
+        segments: where the examples lie; without them this is plain causal SDPA under `attention_mask` (generation).
 
     Returns:
         `(1, T, heads, D)` as transformers expects, and None for the weights.
@@ -43,9 +43,10 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     dropout = dropout if module.training else 0.0
     if segments is None:
-        causal = attention_mask is None and query.shape[2] > 1
+        if attention_mask is None:  # the last query sees every key, cached ones included
+            attention_mask = _completion_mask(query.shape[2], key.shape[2], query.device)
         plain = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
         return plain.transpose(1, 2).contiguous(), None
 
@@ -81,9 +82,14 @@ def _completion_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Packed attention knows its segments; transformers would read the positions as one long sequence."""
-    return None
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """None for a packed row, whose segments say it all (transformers would read its positions as one sequence).
+
+    A packed row comes without a padding mask; whoever gives one (generation does) gets SDPA's mask.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def register_packed_attention() -> None:
@@ -92,7 +98,7 @@ def register_packed_attention() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(PACKED, packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _mask)
 
 
 def why_not_packable(model: nn.Module) -> str | None:

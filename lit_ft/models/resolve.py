@@ -69,7 +69,7 @@ def unreachable(model_id: str, error: Exception) -> UserError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         f"The model {model_id!r} could not be loaded: {first} "
-        "Check the id and the network, give a model folder with model.id=FOLDER, or use model=bundled, "
+        "Check the id and the network, give a model's folder instead (model.id=FOLDER), or use model=bundled, "
         "which needs no network."
     )
 

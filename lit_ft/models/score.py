@@ -29,6 +29,9 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     lm = causal_lm(model)
     kwargs: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
     if batch.segments is not None:
+        if lm.config._attn_implementation != PACKED:
+            # Any other attention would let packed examples see each other, silently.
+            raise UserError("A packed batch needs packed attention: call use_packed_attention(model), or pad the rows.")
         kwargs["segments"] = batch.segments
     else:
         kwargs["attention_mask"] = batch.attention_mask

@@ -178,19 +178,20 @@ class FineTuneModule(L.LightningModule, ABC):
         return {key: value for key, value in whole.items() if key in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load trained weights; a non-strict load would hide that some are missing, so the names are compared.
+        """Load trained weights; a non-strict load would hide that some are missing, so names and shapes are compared.
 
         Raises:
             UserError: the checkpoint holds other weights than this model trains.
         """
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if trained != set(state_dict):
-            missing, extra = sorted(trained - set(state_dict)), sorted(set(state_dict) - trained)
-            example = (missing or extra)[0]
+        trained = {(name, p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        given = {(name, value.shape) for name, value in state_dict.items()}
+        if trained != given:
+            missing, extra = sorted(trained - given), sorted(given - trained)
+            name, shape = (missing or extra)[0]
             raise UserError(
                 f"The checkpoint does not fit this run: {len(missing)} trained weights are missing from it and "
-                f"{len(extra)} are unknown here (for example {example}). Resume with the model, peft and start_from "
-                "that it was made with."
+                f"{len(extra)} are unknown here (for example {name} of shape {tuple(shape)}). Resume with the "
+                "model, peft and start_from that it was made with."
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 

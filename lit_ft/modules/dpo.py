@@ -47,6 +47,8 @@ class DPOModule(FineTuneModule):
         super().__init__(model, learning_rate=learning_rate, **optimizer)
         if label_smoothing and loss_type != "sigmoid":
             raise UserError(f"algorithm.label_smoothing is defined for loss_type=sigmoid, not for {loss_type}.")
+        if not 0 <= label_smoothing < 0.5:
+            raise UserError(f"algorithm.label_smoothing={label_smoothing} must be at least 0 and below 0.5.")
         self.beta, self.label_smoothing = beta, label_smoothing
         self.loss_type: DPOLossType = loss_type
         self.reference: Reference = reference
@@ -94,8 +96,9 @@ class DPOModule(FineTuneModule):
     def _must_equal_reference(self, logps: torch.Tensor, reference: torch.Tensor) -> None:
         # Rounding depends on how rows were grouped; bf16 keeps 8 bits of every hidden state.
         mixed = torch.is_autocast_enabled(logps.device.type)
-        allowed = 0.5 + reference.abs() * (0.02 if mixed else 1e-3)
-        if bool(((logps - reference).abs() > allowed).any()):
+        allowed = 0.5 + 0.02 * reference.abs() if mixed else 0.05 + 1e-4 * reference.abs()
+        # Written so that NaN is refused as well.
+        if not bool(((logps - reference).abs() <= allowed).all()):
             worst = float((logps - reference).abs().max())
             raise UserError(
                 "Before the first step the policy differs from its reference (log-probabilities by up to "

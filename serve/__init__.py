@@ -1,0 +1,1 @@
+"""Serve published adapters: one vLLM, one chat page."""

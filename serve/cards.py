@@ -1,0 +1,84 @@
+"""The panel beside the chat, as HTML: an adapter's card, the base's, and the adapters that are not served."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import PurePath
+
+from lit_ft.adapter import Adapter
+from serve.registry import Refused
+
+# The metrics that a stakeholder can use, in the order shown: what each is called, and whether it is a share. The names
+# are TRL's, after the split; the whole list is in the adapter's model card.
+METRICS = {
+    "before/loss": ("Loss before training", False),
+    "eval/loss": ("Held-out loss", False),
+    "eval/mean_token_accuracy": ("Tokens predicted", True),
+    "eval/rewards/accuracies": ("Prefers the chosen reply", True),
+    "eval/rewards/margins": ("Reward margin", False),
+}
+
+
+def adapter_card(adapter: Adapter) -> str:
+    """What it was made of, and how well it did."""
+    card = adapter.card
+    facts = [
+        ("Base", _source(card.base.id)),
+        ("Trained", date(card.created)),
+        ("Starts from", card.parent or "the base"),
+    ]
+    if card.rank is not None:
+        facts.append(("LoRA rank", str(card.rank)))
+    rows = [(_source(part.source), f"{part.rows:,} rows") for part in card.data]
+    metrics = [metric(name, card.metrics[name]) for name in METRICS if name in card.metrics]
+    return (
+        f"<div class='card'>{_head(adapter.ref, card.algorithm.upper())}{_pairs(facts)}"
+        f"{_section('Data', rows)}{_section('Results', metrics)}</div>"
+    )
+
+
+def base_card(title: str, text: str) -> str:
+    """The base model, as the server describes it."""
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines() if line.strip())
+    return f"<div class='card'>{_head(title, 'base')}{paragraphs}</div>"
+
+
+def refused_list(refused: Sequence[Refused]) -> str:
+    """Each adapter that was found and is not served, with the reason."""
+    items = "".join(f"<dt>{html.escape(one.ref_or_path)}</dt><dd>{html.escape(one.reason)}</dd>" for one in refused)
+    return f"<dl class='refused'>{items}</dl>"
+
+
+def metric(name: str, value: float) -> tuple[str, str]:
+    """A metric as people read it: `eval/rewards/accuracies`, 0.8333 -> `Prefers the chosen reply`, `83%`."""
+    label, share = METRICS[name]
+    return label, f"{value:.0%}" if share else f"{value:.4g}"
+
+
+def date(created: str) -> str:
+    """`23 Nov 2026, 00:12 UTC`; an unreadable one as it is."""
+    try:
+        moment = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    moment = moment.astimezone(UTC) if moment.tzinfo else moment
+    return f"{moment.day} {moment:%b %Y, %H:%M} UTC"
+
+
+def _source(source: str) -> str:
+    """A file or folder by its name: where it lies on the server is nobody's business in the browser."""
+    return PurePath(source).name if PurePath(source).is_absolute() else source
+
+
+def _head(title: str, badge: str) -> str:
+    return f"<h3>{html.escape(title)} <span class='badge'>{html.escape(badge)}</span></h3>"
+
+
+def _section(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+    return f"<h4>{title}</h4>{_pairs(pairs)}" if pairs else ""
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in pairs)}</dl>"

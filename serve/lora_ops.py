@@ -1,0 +1,279 @@
+"""vLLM plugin: exact and fast LoRA operators for vLLM's CPU backend.
+
+vLLM 0.32 on CPU looks an adapter up per token by ``weights[indices]``. Tokens of base requests carry index -1, which
+Python takes as "the last slot": in a mixed batch they get the last slot's adapter. The same look-up copies a whole
+weight matrix per token, which is why it is slow.
+
+Here the tokens of a step are grouped by adapter once, when vLLM announces the step's mapping (`update_metadata`), and
+each linear layer then costs one product per adapter present. Base rows are never touched.
+
+vLLM calls `register` in each of its processes (entry point group ``vllm.general_plugins``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("vllm.lit_ft_lora_ops")
+
+# What the replacement was written against: the parameters of each method of vLLM's class that it overrides or calls.
+EXPECTED = {
+    "update_metadata": ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"),
+    "add_shrink": ("self", "y", "x", "lora_a_stacked", "scale", "kwargs"),
+    "add_expand": (
+        "self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs", "kwargs",
+    ),
+    "add_lora_embedding": ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs"),
+    "add_lora_linear": (
+        "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs",
+    ),
+    "add_lora_logits": ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "buffer", "kwargs"),
+    "apply_lora_full_linear": ("self", "y", "x", "weight_stacked", "bias_stacked", "module_enabled"),
+    "_select_full_linear_output": ("self", "y", "adapter_y", "bias_stacked", "module_enabled"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows of a step, by adapter.
+
+    `segments` are (slot, start, stop) and base rows are in none. They count positions in `rows`, a list of row
+    numbers sorted by slot; or, when each adapter's rows lie together already (`rows` is None), the rows themselves.
+    """
+
+    count: int
+    segments: tuple[tuple[int, int, int], ...]
+    rows: Tensor | None
+
+
+def group(indices: Sequence[int]) -> Groups:
+    """Groups rows by the slot of their adapter; -1 is the base."""
+    import torch
+
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    for slot, run in groupby(indices):
+        stop = start + sum(1 for _ in run)
+        if slot >= 0:
+            runs.append((slot, start, stop))
+        start = stop
+    if len({slot for slot, _, _ in runs}) == len(runs):
+        return Groups(len(indices), tuple(runs), None)
+    by_slot: dict[int, list[int]] = {}
+    for slot, start, stop in runs:
+        by_slot.setdefault(slot, []).extend(range(start, stop))
+    rows: list[int] = []
+    segments = []
+    for slot in sorted(by_slot):
+        segments.append((slot, len(rows), len(rows) + len(by_slot[slot])))
+        rows += by_slot[slot]
+    return Groups(len(indices), tuple(segments), torch.tensor(rows))
+
+
+def _fit(groups: Groups, rows: int) -> Groups:
+    """One index for many rows stands for all of them, as in vLLM's operators; they reject other mismatches too."""
+    if groups.count == rows:
+        return groups
+    if groups.count == 1:
+        return Groups(rows, tuple((slot, 0, rows) for slot, _, _ in groups.segments), None)
+    raise ValueError(f"{rows} rows, but the step's adapter mapping has {groups.count}")
+
+
+def _matrix(stacked: Tensor, slot: int, dtype: Any) -> Tensor:
+    """The weights (out, in) of one slot of a stack shaped (slots, out, in) or (slots, 1, out, in)."""
+    weight = stacked[slot, 0] if stacked.dim() == 4 else stacked[slot]
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def shrink(y: Tensor, x: Tensor, stacked: Tensor, groups: Groups, scale: float) -> None:
+    """y[i, :rank] = scale * A[slot(i)] @ x[i], computed in y's type; zero where row i is the base's."""
+    groups = _fit(groups, x.shape[0])
+    y = y[:, : stacked.shape[-2]]
+    if len(groups.segments) != 1 or groups.segments[0][2] - groups.segments[0][1] != x.shape[0]:
+        y.zero_()
+    if not groups.segments:
+        return
+    x = x if groups.rows is None else x.index_select(0, groups.rows)
+    x = x.to(y.dtype)
+    for slot, start, stop in groups.segments:
+        out = x[start:stop] @ _matrix(stacked, slot, y.dtype).T
+        if scale != 1.0:
+            out *= scale
+        if groups.rows is None:
+            y[start:stop] = out
+        else:
+            y.index_copy_(0, groups.rows[start:stop], out)
+
+
+def expand(
+    y: Tensor, x: Sequence[Tensor], stacks: Sequence[Tensor], widths: Sequence[int], offset: int, groups: Groups, *,
+    add_inputs: bool = True,
+) -> None:  # fmt: skip
+    """y[i, slice] += B[slot(i)] @ x[slice][i] (or =), for slices of the given widths side by side from `offset`.
+
+    Rows of the base stay as they are, whether adding or not.
+    """
+    groups = _fit(groups, x[0].shape[0])
+    if not groups.segments:
+        return
+    if groups.rows is not None:
+        x = [part.index_select(0, groups.rows) for part in x]
+    for part, stacked, width in zip(x, stacks, widths, strict=True):
+        # The model and the adapter may pad the vocabulary differently: write what both have.
+        width_here = min(width, stacked.shape[-2], y.shape[1] - offset)
+        target = y[:, offset : offset + width_here]
+        part = part.to(y.dtype)
+        for slot, start, stop in groups.segments:
+            weight = _matrix(stacked, slot, y.dtype)[:width_here].T
+            if groups.rows is None and add_inputs:
+                target[start:stop].addmm_(part[start:stop], weight)
+            elif groups.rows is None:
+                target[start:stop] = part[start:stop] @ weight
+            elif add_inputs:
+                target.index_add_(0, groups.rows[start:stop], part[start:stop] @ weight)
+            else:
+                target.index_copy_(0, groups.rows[start:stop], part[start:stop] @ weight)
+        offset += width
+
+
+def linear(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float, widths: Sequence[int], groups: Groups
+) -> None:
+    """y[i, slice] += scale * B[slot(i)] @ A[slot(i)] @ x[i] for all slices: the whole of LoRA for one linear layer.
+
+    Unlike `shrink` and then `expand`, it needs no buffer for all rows and gathers and scatters the rows only once.
+    """
+    import torch
+
+    groups = _fit(groups, x.shape[0])
+    if not groups.segments:
+        return
+    x = x if x.dtype == y.dtype else x.to(y.dtype)
+    if groups.rows is None:
+        for slot, start, stop in groups.segments:
+            offset = 0
+            for a_stack, b_stack, width in zip(a, b, widths, strict=True):
+                hidden = x[start:stop] @ _matrix(a_stack, slot, y.dtype).T
+                y[start:stop, offset : offset + width].addmm_(hidden, _matrix(b_stack, slot, y.dtype).T, alpha=scale)
+                offset += width
+        return
+    x = x.index_select(0, groups.rows)
+    total = sum(widths)
+    delta = torch.empty((x.shape[0], total), dtype=y.dtype, device=y.device)
+    for slot, start, stop in groups.segments:
+        offset = 0
+        for a_stack, b_stack, width in zip(a, b, widths, strict=True):
+            hidden = x[start:stop] @ _matrix(a_stack, slot, y.dtype).T
+            torch.mm(hidden, _matrix(b_stack, slot, y.dtype).T, out=delta[start:stop, offset : offset + width])
+            offset += width
+    y[:, :total].index_add_(0, groups.rows, delta, alpha=scale)
+
+
+@functools.cache
+def _wrapper(base: type) -> type:
+    """The subclass of vLLM's CPU wrapper that uses these operators. Made late: vLLM is imported only inside vLLM."""
+    import torch
+
+    class GroupedPunicaWrapperCPU(base):  # type: ignore[misc, valid-type]
+        """vLLM's CPU LoRA wrapper with rows grouped by adapter once a step."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._token_groups = self._sampler_groups = Groups(1, (), None)
+
+        def update_metadata(
+            self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+        ) -> None:
+            super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+            self._token_groups = group(self.token_lora_indices.tolist())
+            self._sampler_groups = group(self.sampler_indices.tolist())
+
+        def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: Any, scale: float, **kwargs: Any) -> None:
+            x = x.view(-1, x.shape[-1])
+            for i, stacked in enumerate(lora_a_stacked):
+                shrink(y[i].view(-1, y[i].shape[-1]), x, stacked, self._token_groups, scale)
+
+        def add_expand(
+            self, y: Tensor, x: Any, lora_b_stacked: Any, output_slices: tuple[int, ...], offset_start: int = 0,
+            add_inputs: bool = True, **kwargs: Any,
+        ) -> None:  # fmt: skip
+            y = y.view(-1, y.shape[-1])
+            parts = [x[i] for i in range(len(lora_b_stacked))]
+            expand(y, parts, lora_b_stacked, output_slices, offset_start, self._token_groups, add_inputs=add_inputs)
+
+        def add_lora_embedding(
+            self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+        ) -> None:
+            width = lora_b_stacked.shape[-2]
+            expand(y, [x], [lora_b_stacked], [width], 0, self._token_groups, add_inputs=add_inputs)
+
+        def add_lora_linear(
+            self, y: Tensor, x: Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float,
+            output_slices: tuple[int, ...], *, buffer: Any = None, **kwargs: Any,
+        ) -> None:  # fmt: skip
+            if buffer is None:
+                linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self._token_groups)
+            else:  # the caller wants to see the shrunk rows
+                self.add_shrink(buffer, x, lora_a_stacked, scale)
+                self.add_expand(y, buffer, lora_b_stacked, output_slices)
+
+        def add_lora_logits(
+            self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, *,
+            buffer: Tensor | None = None, **kwargs: Any,
+        ) -> None:  # fmt: skip
+            y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+            if buffer is None:
+                buffer = torch.empty((x.shape[0], lora_b_stacked.shape[-1]), dtype=torch.float32, device=x.device)
+            shrink(buffer, x, lora_a_stacked, self._sampler_groups, scale)
+            expand(y, [buffer], [lora_b_stacked], [lora_b_stacked.shape[-2]], 0, self._sampler_groups)
+
+        def apply_lora_full_linear(
+            self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
+        ) -> None:
+            out = torch.empty((x.shape[0], weight_stacked.shape[-2]), dtype=torch.float32, device=x.device)
+            shrink(out, x, weight_stacked, self._sampler_groups, 1.0)
+            y.copy_(self._select_full_linear_output(y, out, bias_stacked, module_enabled))
+
+    return GroupedPunicaWrapperCPU
+
+
+def _unexpected(cls: type) -> str | None:
+    """What of vLLM's class is not as expected, or None."""
+    for name, parameters in EXPECTED.items():
+        method = getattr(cls, name, None)
+        if method is None:
+            return f"{name} is gone"
+        if tuple(inspect.signature(method).parameters) != parameters:
+            return f"{name} has other parameters"
+    return None
+
+
+def register() -> None:
+    """Puts the grouped wrapper in the place of vLLM's. Does nothing off the CPU, twice, or with a changed vLLM."""
+    try:
+        from vllm.lora.punica_wrapper import punica_cpu
+        from vllm.platforms import current_platform
+
+        cls = punica_cpu.PunicaWrapperCPU
+    except (ImportError, AttributeError) as error:
+        logger.debug("LoRA operators left as they are: %s", error)
+        return
+    if not current_platform.is_cpu():
+        logger.debug("LoRA operators left as they are: vLLM is not on the CPU")
+        return
+    if cls.__name__ == "GroupedPunicaWrapperCPU":
+        return
+    if reason := _unexpected(cls):
+        logger.debug("LoRA operators left as they are: %s", reason)
+        return
+    punica_cpu.PunicaWrapperCPU = _wrapper(cls)
+    logger.info("LoRA operators replaced: rows grouped by adapter once a step")

@@ -1,0 +1,77 @@
+"""Fixtures shared by all tests: tiny model folders, a cache of their own, the command line in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+# Nothing here may reach out: the Hub's libraries fail at once instead of trying.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def opt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OPT has no chat template."""
+    return tiny.folder(tmp_path_factory.mktemp("models") / "tiny-opt", "opt", chat=False)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for this test: fingerprints and reference log-probabilities are made anew."""
+    monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@dataclass
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Outcome]]:
+    """`python -m lit_ft ARGS` in this process, in an empty folder: starts in no time, and counts in coverage."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lit_ft import cli as command
+
+    (tmp_path / "work").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*args: str) -> Outcome:
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lit_ft", *args])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        printed = capfd.readouterr()
+        code = ended.value.code
+        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
+
+    yield run
+    GlobalHydra.instance().clear()

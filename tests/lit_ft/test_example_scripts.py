@@ -1,0 +1,31 @@
+"""The scripts in examples/ run as they are, on a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_dpo.py"])
+def test_script_trains_an_adapter(script: str, tmp_path: Path, llama_folder: Path) -> None:
+    from peft import PeftConfig
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), str(llama_folder), "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "my-adapter"
+    assert PeftConfig.from_pretrained(str(tmp_path / "my-adapter")).r == 16
+
+
+def test_every_script_is_tested() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"train_sft.py", "train_dpo.py"}

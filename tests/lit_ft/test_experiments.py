@@ -1,0 +1,149 @@
+"""Everything that is shipped in conf/ composes, and every experiment runs two steps through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lit_ft import adapter
+from lit_ft.cli import conf_folder
+from tests.conftest import Outcome
+
+GROUPS = ("model", "peft", "algorithm", "data", "trainer", "strategy", "logger")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_folder() / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
+TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=2", "trainer.accelerator=cpu")
+
+
+@pytest.fixture
+def compose() -> Iterator[Callable[..., object]]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lit_ft.config import register_schemas
+
+    GlobalHydra.instance().clear()
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield lambda *overrides: hydra_compose("config", list(overrides))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_passes_the_schema(compose: Callable[..., object], group: str, choice: str) -> None:
+    from omegaconf import OmegaConf
+
+    extra = ["data.path=x.jsonl"] if (group, choice) == ("data", "file") else []
+    cfg = compose(f"{group}={choice}", *extra)
+    content = OmegaConf.to_container(cfg, resolve=False, throw_on_missing=True)  # type: ignore[arg-type]
+    assert isinstance(content, dict) and group in content
+
+
+def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LIT_FT_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "lit_ft", *args],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_runs_two_steps(experiment: str, tmp_path: Path, llama_folder: Path, opt_folder: Path) -> None:
+    overrides = [f"model.id={llama_folder}"]
+    if experiment == "article":
+        rows = [{"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", "content": f"{k}."}]}
+                for k in range(16)]  # fmt: skip
+        (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        overrides = [f"model.id={opt_folder}", "data.path=chat.jsonl", "data.val_split=0.25"]
+    done = command(tmp_path, f"+experiment={experiment}", *overrides, *TINY)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    published = adapter.read(tmp_path / last)
+    assert published.card.metrics["eval/loss"] > 0
+    # Logs and bars belong to standard error: standard output is the folder's path alone.
+    assert done.stdout == last + "\n"
+    assert "tokens/s" in done.stderr and "⟦" in done.stderr and "rows kept" in done.stderr
+    (run,) = (tmp_path / "runs" / published.name).iterdir()
+    assert list(run.glob("tensorboard/events.*")) and list(run.glob("csv/metrics.csv"))
+
+
+def test_the_article_goes_on_with_dpo_on_its_three_rows(tmp_path: Path, opt_folder: Path) -> None:
+    rows = [{"prompt": f"{k}?", "completion": f"{k}."} for k in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sft = command(tmp_path, "+experiment=article", f"model.id={opt_folder}", "data.path=rows.jsonl", *TINY)
+    assert sft.returncode == 0, sft.stderr
+    dpo = command(
+        tmp_path, "+experiment=article", "algorithm=dpo", "data=article_preferences", f"model.id={opt_folder}", *TINY
+    )
+    assert dpo.returncode == 0, dpo.stderr
+    assert "start      adapter article@v1 (sft)" in dpo.stderr
+    card = adapter.find(tmp_path / "adapters", "article").card
+    assert (card.ref, card.parent, card.algorithm) == ("article@v2", "article@v1", "dpo")
+    assert card.data[0].rows == 2, "three rows, one of them held out"
+    # Padded rows: FlashAttention is asked for, and absent here.
+    assert "rows padded" in dpo.stderr
+    # The template that training used travels with the adapter.
+    assert "Assistant: " in (tmp_path / "adapters" / "article" / "v2" / "chat_template.jinja").read_text()
+
+
+def test_dpo_says_what_it_starts_from(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
+    few = ("data.max_rows=8", "data.max_val_rows=2", "logger=none", *TINY)
+    alone = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
+    assert alone.code == 0 and "start      the base model" in alone.err
+    sft = cli("+experiment=sft", f"model.id={llama_folder}", *few)
+    assert sft.code == 0 and sft.out == "adapters/support/v2\n"
+    again = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
+    assert "start      adapter support@v2 (sft)" in again.err
+    assert adapter.find(Path("adapters"), "support@v3").card.parent == "support@v2"
+    base = cli("+experiment=dpo", f"model.id={llama_folder}", "start_from=none", *few)
+    assert "start      the base model" in base.err
+
+
+def test_reference_logprobs_are_reused_across_runs(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
+) -> None:
+    few = ("data.max_rows=8", "data.max_val_rows=2", "logger=none", *TINY)
+    first = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
+    second = cli("+experiment=dpo", f"model.id={llama_folder}", "algorithm.beta=0.3", *few)
+    assert "read from the cache" not in first.err and "8 pairs read from the cache" in second.err
+    other = cli("+experiment=dpo", f"model.id={llama_folder}", "data.chat_template=plain", *few)
+    assert "read from the cache" not in other.err
+
+
+def test_full_fine_tuning_publishes_a_whole_model(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    outcome = cli("peft=full", f"model.id={llama_folder}", "data.max_rows=8", "logger=none", "name=whole", *TINY)
+    assert outcome.code == 0, outcome.err
+    published = adapter.find(Path("adapters"), "whole")
+    assert not published.card.servable and "whole model" in (published.card.not_servable_reason or "")
+    AutoModelForCausalLM.from_pretrained(published.path)
+
+
+def test_early_stopping(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
+    outcome = cli(
+        f"model.id={llama_folder}",
+        "data.max_length=2048",
+        "data.max_rows=16",
+        "data.max_val_rows=4",
+        "trainer.max_epochs=50",
+        "trainer.early_stopping=2",
+        "algorithm.learning_rate=0",
+        "logger=none",
+    )
+    assert outcome.code == 0, outcome.err
+    # Nothing is learnt, so the third validation is the second without a better loss: 3 epochs of 2 steps.
+    assert outcome.err.count("held out at step") == 3

@@ -1,0 +1,71 @@
+"""Imports point one way: the map of the README, read from the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What each part may import of this project, by prefix. Deeper parts come first.
+ALLOWED = {
+    "lit_ft/errors.py": (),
+    "lit_ft/progress.py": (),
+    "lit_ft/batches.py": (),
+    "lit_ft/losses": ("lit_ft.losses",),
+    "lit_ft/adapter.py": ("lit_ft.errors",),
+    "lit_ft/data": ("lit_ft.data", "lit_ft.batches", "lit_ft.adapter", "lit_ft.errors", "lit_ft.progress"),
+    "lit_ft/models": ("lit_ft.models", "lit_ft.batches", "lit_ft.losses", "lit_ft.adapter", "lit_ft.errors"),
+    "lit_ft/reference.py": ("lit_ft.batches", "lit_ft.data.packing", "lit_ft.models", "lit_ft.progress"),
+    "lit_ft/modules": ("lit_ft.modules", "lit_ft.models", "lit_ft.losses", "lit_ft.batches", "lit_ft.errors"),
+    "lit_ft/callbacks": ("lit_ft.progress",),
+    "lit_ft/config.py": (),
+    "serve": ("serve", "lit_ft.adapter", "lit_ft.errors", "lit_ft.cli", "lit_ft.models.resolve"),
+}
+
+
+def project_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            # `from lit_ft import adapter` imports lit_ft.adapter.
+            found |= {f"{node.module}.{name.name}" if node.module == "lit_ft" else node.module for name in node.names}
+    return {name for name in found if name.split(".")[0] in {"lit_ft", "serve"}}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+    path = ROOT / part
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        for name in project_imports(file):
+            assert name.startswith(ALLOWED[part]) and ALLOWED[part], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_only_the_command_line_and_the_wiring_know_hydra() -> None:
+    for file in sorted((ROOT / "lit_ft").rglob("*.py")) + sorted((ROOT / "serve").rglob("*.py")):
+        if "hydra" in file.read_text(encoding="utf-8"):
+            assert file.name in {"cli.py", "config.py", "train.py"}, f"{file.relative_to(ROOT)} speaks of Hydra"
+
+
+def test_losses_import_torch_only() -> None:
+    for file in sorted((ROOT / "lit_ft" / "losses").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        outside = {n.split(".")[0] for n in names} - {"torch", "typing", "__future__", "lit_ft"}
+        assert not outside, f"{file.name} imports {outside}"
+
+
+def test_every_file_says_what_it_holds() -> None:
+    for file in [*(ROOT / "lit_ft").rglob("*.py"), *(ROOT / "serve").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        text = file.read_text(encoding="utf-8")
+        assert not text or text.startswith(('"""', 'r"""')), f"{file.relative_to(ROOT)} has no first line"
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        assert file.read_text(encoding="utf-8").startswith("#"), f"{file.relative_to(ROOT)} has no first line"
