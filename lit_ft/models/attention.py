@@ -50,31 +50,32 @@ def packed_attention(
         )
         return plain.transpose(1, 2).contiguous(), None
 
-    def causal_part(start: int, end: int) -> Tensor:
-        part = slice(start, end)
-        return F.scaled_dot_product_attention(
-            query[:, :, part], key[:, :, part], value[:, :, part], dropout_p=dropout, is_causal=True, scale=scaling
-        )
+    # Split once and not sliced segment by segment: the gradient of a slice is a full row of zeros, that of a split is
+    # one concatenation.
+    lengths = [length for segment in segments for length in _pieces(segment)]
+    pieces = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
 
-    parts: list[Tensor] = []
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
+
+    out: list[Tensor] = []
     for segment in segments:
-        # The prompt with its first completion is one ordinary causal sequence.
-        parts.append(causal_part(segment.start, segment.completion_ends[0]))
-        for start, end in zip(segment.completion_ends[:-1], segment.completion_ends[1:], strict=True):
-            prompt, own = slice(segment.start, segment.prompt_end), slice(start, end)
-            keys = torch.cat([key[:, :, prompt], key[:, :, own]], 2)
-            values = torch.cat([value[:, :, prompt], value[:, :, own]], 2)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, own],
-                    keys,
-                    values,
-                    attn_mask=_completion_mask(end - start, keys.shape[2], query.device),
-                    dropout_p=dropout,
-                    scale=scaling,
-                )
-            )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+        (q, prompt_k, prompt_v), *completions = pieces[: len(_pieces(segment))]
+        del pieces[: len(_pieces(segment))]
+        out.append(attend(q, prompt_k, prompt_v, None))
+        for q, k, v in completions:
+            mask = _completion_mask(q.shape[2], prompt_k.shape[2] + k.shape[2], q.device)
+            out.append(attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), mask))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _pieces(segment: Segment) -> list[int]:
+    """Lengths of what is attended apart: prompt and only completion as one causal sequence, else each by itself."""
+    if len(segment.completion_ends) == 1:
+        return [segment.completion_ends[0] - segment.start]
+    starts = (segment.prompt_end, *segment.completion_ends[:-1])
+    completions = [end - start for start, end in zip(starts, segment.completion_ends, strict=True)]
+    return [segment.prompt_end - segment.start, *completions]
 
 
 def _completion_mask(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -46,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    out, err = (process := start(folder, f"model.id={llama_folder}")).communicate(timeout=300)
+    _, err = (process := start(folder, f"model.id={llama_folder}")).communicate(timeout=300)
     assert process.returncode == 0, err
     return weights(folder)
 
@@ -71,7 +71,7 @@ def test_a_signal_keeps_the_last_checkpoint_and_resume_is_exact(
     step = torch.load(kept, weights_only=True)["global_step"]
     assert 0 < step < 24
     resumed = start(tmp_path, f"model.id={llama_folder}", "resume=last")
-    out, err = resumed.communicate(timeout=300)
+    _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert out == "adapters/support/v1\n"
     found = weights(tmp_path)
@@ -92,7 +92,7 @@ def test_kill_9_leaves_a_checkpoint_from_which_resume_is_exact(
     process.communicate()
     assert not (tmp_path / "adapters").exists()
     resumed = start(tmp_path, f"model.id={llama_folder}", "resume=last")
-    out, err = resumed.communicate(timeout=300)
+    _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     for key, value in weights(tmp_path).items():
         assert torch.equal(value, uninterrupted[key]), key

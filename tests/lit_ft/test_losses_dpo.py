@@ -86,7 +86,7 @@ def test_equal_to_the_reference_under_the_other_losses() -> None:
 def test_rewards() -> None:
     """β times the log-ratios: 0.1 · 1 and 0.1 · −1; no gradient flows through them."""
     chosen = PAIR[0].clone().requires_grad_()
-    rewards = dpo_rewards(chosen, *PAIR[1:], 0.1)
+    rewards = dpo_rewards(chosen, PAIR[1], PAIR[2], PAIR[3], beta=0.1)
     torch.testing.assert_close(rewards.chosen, torch.tensor([0.1]), **CLOSE)
     torch.testing.assert_close(rewards.rejected, torch.tensor([-0.1]), **CLOSE)
     assert not rewards.chosen.requires_grad

@@ -1,4 +1,4 @@
-"""The published folder: exactly the files promised, readable by PEFT, with the logits of the module that was trained."""
+"""The published folder: exactly the files promised, readable by PEFT, with the logits of the trained module."""
 
 from __future__ import annotations
 
