@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lit_ft import adapter as folder
 from lit_ft.adapter import Adapter, Base, Draft
+from lit_ft.allocator import keep_freed_memory
 from lit_ft.callbacks.interrupt import FinishStepOnSignal, Interrupted
 from lit_ft.config import Algorithm, Config, Packing, Peft
 from lit_ft.data.chat import ChatEncoder, set_chat_template, show
@@ -46,6 +47,8 @@ def train(cfg: Config) -> Adapter:
     resume = _checkpoint_to_resume(cfg)
     start = _start(cfg, adapters, resume)
     device = _device(cfg.trainer.accelerator)
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = choose_precision(cfg.trainer.precision.value, device)
 
     tokenizer = load_tokenizer(cfg.model.id)

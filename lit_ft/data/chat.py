@@ -68,6 +68,21 @@ class ChatEncoder:
         self.as_chat = bool(tokenizer.chat_template) if as_chat is None else as_chat
         if tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-sequence token, so a model could never learn to stop.")
+        self._template: str | None = None
+        self._template = self._training_template() if tokenizer.chat_template else None
+
+    def _training_template(self) -> str | None:
+        """TRL's version of a known template that rewrites earlier turns (Qwen3 drops their thoughts), else None."""
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        answered: list[Message] = [*asked, {"role": "assistant", "content": "b"}]
+        try:
+            if self._render([*answered, *asked], True).startswith(self._render(answered, False)):
+                return None
+            from trl.chat_template_utils import get_training_chat_template
+
+            return get_training_chat_template(self.tokenizer)
+        except (RowError, UserError, ValueError):  # unknown to TRL, or faulty: said where a row needs it
+            return None
 
     def encode(self, record: Record, index: int = 0) -> Example:
         """The example of one record.
@@ -176,7 +191,9 @@ class ChatEncoder:
             )
         try:
             return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=opening, chat_template=self._template
+                )
             )
         except TemplateSyntaxError as error:
             raise UserError(f"The chat template has a mistake in line {error.lineno}: {error.message}.") from error

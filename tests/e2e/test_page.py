@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from serve import app
 from serve.client import EngineClient
 from serve.registry import Refused
+from tests.e2e.visit import Visit
 from tests.serve.published import adapter
 from tests.serve.stub_engine import API_KEY, Stub, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser
 
-CHROMIUM = shutil.which("chromium")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on PATH: the page needs a browser to be tested in"),
-]
-
-# Two shared cores and a cold page: slow is not wrong.
-PATIENCE_MS = 30_000
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -50,80 +42,6 @@ def url(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     app.launch(page, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
-    with playwright.sync_playwright() as started:
-        # Containers seldom allow Chromium's own sandbox; the page is ours.
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A fresh browser session at the page, that notes whatever a console or a network log would show."""
-
-    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
-        self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.complaints: list[str] = []
-        self.outside: list[str] = []
-        self.page.on("console", lambda message: self._note(message.type, message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self._check(request.url, url))
-        self.page.goto(url)
-        self.box.wait_for()
-
-    def _note(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning"):
-            self.complaints.append(text)
-
-    def _check(self, asked: str, url: str) -> None:
-        if not asked.startswith((url, "data:", "blob:")):
-            self.outside.append(asked)
-
-    @property
-    def box(self) -> Locator:
-        return self.page.locator("#box textarea")
-
-    @property
-    def messages(self) -> Locator:
-        return self.page.locator("#chat .message-row")
-
-    @property
-    def notice(self) -> Locator:
-        return self.page.get_by_role("alert")
-
-    def send(self, text: str) -> None:
-        self.box.fill(text)
-        self.box.press("Enter")
-
-    def ask(self, text: str) -> str:
-        """Ask and wait for the end of the reply."""
-        from playwright.sync_api import expect
-
-        count = self.messages.count()
-        self.send(text)
-        reply = self.messages.nth(count + 1)
-        expect(reply).to_contain_text("to first token", timeout=PATIENCE_MS)
-        self.idle()
-        return reply.inner_text()
-
-    def idle(self) -> None:
-        """Wait until the page takes the next message."""
-        self.page.locator("#send").wait_for(state="visible")
-        self.page.wait_for_timeout(300)
-
-    def choose(self, label: str) -> None:
-        self.page.locator("#model input").click()
-        self.page.get_by_role("option", name=re.compile(re.escape(label))).click()
-
-    def button(self, name: str) -> Locator:
-        """A button in the chat itself: Retry, Edit, Submit."""
-        return self.page.locator(f"#chat button[aria-label='{name}'], #chat button[title='{name}']")
 
 
 @pytest.fixture

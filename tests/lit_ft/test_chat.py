@@ -191,6 +191,25 @@ def test_the_prompt_is_what_a_server_builds(template: str) -> None:
     assert list(encoder.encode(Record([], (chat("Hi", "Hello."),))).prompt) == server
 
 
+def test_qwen3_conversations_are_trained_with_trls_version_of_its_template() -> None:
+    import trl
+
+    made = tiny.tokenizer()
+    made.chat_template = Path(trl.__file__).with_name("chat_templates").joinpath("qwen3.jinja").read_text("utf-8")
+    turns = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    example = ChatEncoder(made).encode(Record([], (turns,)))
+    (completion,) = example.completions
+    trained = made.decode([i for i, kept in zip(completion.ids, completion.mask, strict=True) if kept])
+    think = "<think>\n\n</think>\n\n"
+    assert trained == f"{think}1<|im_end|>{think}2<|im_end|>"
+    assert "two?" in made.decode(completion.ids), "the second question is there, untrained"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     made = with_template(FORGETFUL)
     with pytest.raises(UserError, match=r"writes an earlier turn differently.*data\.chat_template=FILE, or chatml"):
