@@ -1,7 +1,7 @@
 """glibc's allocator, told to keep freed memory: on a CPU that is a fifth of a training step.
 
-Every activation above 128 KiB is otherwise mapped anew from the kernel and its pages faulted in and zeroed, thousands of
-times per step.
+Every activation above 128 KiB is otherwise mapped anew from the kernel, and its pages faulted in and zeroed, thousands
+of times per step.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,6 @@ from lit_ft.models.adapt import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
 from tests import tiny
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def example(k: int, completions: int = 2) -> Example:

@@ -1,0 +1,98 @@
+"""Every command of the README works as written: it is taken from there and run, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_ft import adapter
+from tests.conftest import Outcome
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+TRAINING = [c.removeprefix("python -m lit_ft ") for c in COMMANDS if c.startswith("python -m lit_ft ")]
+SERVING = [c.removeprefix("python -m serve").strip() for c in COMMANDS if c.startswith("python -m serve")]
+TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none")
+
+
+def write_files(folder: Path) -> None:
+    """The files that the README's commands name, as a reader would have them."""
+    chats = [{"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", "content": f"{k}."}]}
+             for k in range(20)]  # fmt: skip
+    for name in ("chats.jsonl", "general.jsonl"):
+        (folder / name).write_text("\n".join(map(json.dumps, chats)))
+    (folder / "rows.csv").write_text("question,answer\n" + "".join(f"{k}?,{k}.\n" for k in range(20)))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = {key: [f"{key} {k}" for k in range(20)] for key in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(pairs), folder / "pairs.parquet")
+
+
+@pytest.mark.parametrize("command", [c for c in TRAINING if c not in {"--help"} and "resume=" not in c])
+def test_training_command(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, opt_folder: Path, command: str
+) -> None:
+    write_files(Path.cwd())
+    model = opt_folder if "article" in command else llama_folder
+    local = ("data.path=chats.jsonl",) if "article" in command else ()  # its data is on the Hub
+    outcome = cli(*shlex.split(command), f"model.id={model}", *local, *TINY)
+    assert outcome.code == 0, outcome.err
+    assert adapter.read(Path(outcome.out.strip())).card.metrics
+
+
+def test_resume_command(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
+    (command,) = [c for c in TRAINING if "resume=" in c]
+    assert cli("+experiment=sft", f"model.id={llama_folder}", *TINY, "trainer.save_every_n_steps=1").code == 0
+    outcome = cli(*shlex.split(command), f"model.id={llama_folder}", *TINY)
+    assert outcome.code == 0 and outcome.out == "adapters/support/v2\n", outcome.err
+
+
+def test_help(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "lit_ft", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "max_steps" in done.stdout and "experiment" in done.stdout
+
+
+@pytest.mark.parametrize("command", SERVING)
+def test_serving_command_composes(command: str) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lit_ft.cli import conf_folder
+    from serve.config import ServeConfig
+
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("serve", shlex.split(command))
+    assert cfg.port == (8000 if "port=8000" in command else 7860)
+
+
+def test_every_other_command_exists() -> None:
+    others = [c for c in COMMANDS if not c.startswith(("python -m", "source"))]
+    scripts = [c for c in others if c.startswith("python ")]
+    targets = [c.removeprefix("make ") for c in others if c.startswith("make ")]
+    assert {*scripts, *(f"make {t}" for t in targets)} == set(others), "a kind of command that no test runs"
+    for script in scripts:  # run by test_example_scripts.py
+        assert (ROOT / script.split()[1]).is_file()
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_model_and_path_the_readme_names_is_there() -> None:
+    named = re.search(r"\| `model=\.\.\.` \| (.*?);", README)
+    assert named is not None
+    assert set(re.findall(r"`(\w+)`", named[1])) == {p.stem for p in (ROOT / "conf" / "model").glob("*.yaml")}
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
