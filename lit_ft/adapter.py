@@ -233,13 +233,18 @@ def find(root: Path, ref: str) -> Adapter:
     return read(folders[-1][1])
 
 
-def newest(root: Path, name: str, algorithm: str) -> Adapter | None:
-    """The newest readable version of `name` that `algorithm` made, or None."""
+def newest(
+    root: Path, name: str, algorithm: str, on_broken: Callable[[str], None] = lambda reason: None
+) -> Adapter | None:
+    """The newest readable version of `name` that `algorithm` made, or None; `on_broken` hears what is passed over."""
     for _, _, path in reversed(_version_folders(root, name)):
-        with contextlib.suppress(AdapterError):
+        try:
             adapter = read(path)
-            if adapter.card.algorithm == algorithm:
-                return adapter
+        except AdapterError as error:
+            on_broken(str(error))
+            continue
+        if adapter.card.algorithm == algorithm:
+            return adapter
     return None
 
 

@@ -46,14 +46,6 @@ class Reference(Enum):
     base = "base"
 
 
-class PrecisionName(Enum):
-    """Lightning's names hold a hyphen, which an enum's cannot: `bf16_mixed` is `bf16-mixed`."""
-
-    auto = "auto"
-    bf16_mixed = "bf16-mixed"
-    fp32 = "32-true"
-
-
 @dataclass
 class ModelConfig:
     id: str = MISSING
@@ -124,10 +116,12 @@ class DataConfig:
     split: str = "train"
     val_path: str | None = None
     """Held-out rows; null takes heldout.* or validation.* beside train.*, else `val_split` of the rows."""
+    held_out_split: str = "validation"
+    """The split of a Hub `val_path`."""
     val_split: float = 0.1
     max_val_rows: int | None = None
     max_rows: int | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Any = None
     """For other names: {prompt: question, completion: answer}."""
     chat_template: str | None = None
     """null: the tokenizer's own; `chatml`, `plain`, or a Jinja file."""
@@ -154,7 +148,8 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: Any = 1
     num_nodes: int = 1
-    precision: PrecisionName = PrecisionName.auto
+    precision: str = "auto"
+    """`bf16-mixed`, `32-true`, or whichever this machine multiplies faster."""
     max_epochs: int = 1
     max_steps: int = -1
     val_check_interval: Any = 1.0
@@ -168,7 +163,7 @@ class TrainerConfig:
     """Stop after this many validations without a better held-out loss."""
     deterministic: bool = False
     progress: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Any = None
     """Further arguments of lightning.Trainer, as they are."""
 
 

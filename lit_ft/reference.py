@@ -93,5 +93,8 @@ def write_cached(folder: Path, key: str, logprobs: Sequence[tuple[float, ...]]) 
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{key}-{uuid.uuid4().hex[:8]}"
     flat = torch.tensor([value for values in logprobs for value in values])
-    save_file({"logprobs": flat, "completions": torch.tensor([len(values) for values in logprobs])}, beside)
-    beside.replace(folder / f"{key}.safetensors")
+    try:
+        save_file({"logprobs": flat, "completions": torch.tensor([len(values) for values in logprobs])}, beside)
+        beside.replace(folder / f"{key}.safetensors")
+    finally:
+        beside.unlink(missing_ok=True)

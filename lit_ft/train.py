@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,8 @@ from omegaconf import OmegaConf
 from lit_ft import adapter as folder
 from lit_ft.adapter import Adapter, Base, Draft
 from lit_ft.allocator import keep_freed_memory
-from lit_ft.callbacks.interrupt import FinishStepOnSignal, Interrupted
+from lit_ft.callbacks.interrupt import FinishStepOnSignal, Interrupted, stopping_on_signals
+from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.config import Algorithm, Config, Packing, Peft
 from lit_ft.data.chat import ChatEncoder, set_chat_template, show
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
@@ -38,18 +40,33 @@ def train(cfg: Config) -> Adapter:
         UserError: a mistake in the configuration, the data or the machine's state.
         SystemExit: the run was interrupted (130 for Ctrl-C, 143 for SIGTERM); nothing is published.
     """
+    _quiet()
+    run = _run_folder()
+    try:
+        with stopping_on_signals():
+            return _train(cfg, run)
+    except Interrupted as stop:
+        say("Stopped; nothing was published.")
+        if stop.checkpoint is not None:
+            say(f"Go on with the same command and resume={stop.checkpoint} (or resume=last).")
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        if not (run / "checkpoints").exists():
+            shutil.rmtree(run, ignore_errors=True)  # it ended before it began
+
+
+def _train(cfg: Config, run: Path) -> Adapter:
     import lightning as L
 
-    _quiet()
     L.seed_everything(cfg.seed, verbose=False)
     folder.check_name(cfg.name)
-    adapters, run = Path(cfg.adapters), _run_folder()
-    resume = _checkpoint_to_resume(cfg)
-    start = _start(cfg, adapters, resume)
+    adapters = Path(cfg.adapters)
+    resumed = find_checkpoint(cfg.resume, Path(cfg.runs, cfg.name), cfg.algorithm.kind.value)
+    start = _start(cfg, adapters, resumed)
     device = _device(cfg.trainer.accelerator)
     if device.type == "cpu":
         keep_freed_memory()
-    precision = choose_precision(cfg.trainer.precision.value, device)
+    precision = choose_precision(cfg.trainer.precision, device)
 
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
@@ -59,9 +76,14 @@ def train(cfg: Config) -> Adapter:
     _first_lines(cfg, model, start, precision, layout, data, val, tokenizer)
 
     base = Base(_base_id(cfg.model.id), "sha256:tiny" if cfg.model.tiny else model_fingerprint(cfg.model.id))
+    identity = _identity(cfg, base, data)
+    if resumed is not None:
+        resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
         data, val = _with_reference(cfg, model.to(device), data, val, start, base, precision, layout, tokenizer)
     module = _module(cfg, model)
+    module.parent = start.ref if start else None
+    module.identity = identity
     datamodule = ExamplesDataModule(
         data.examples,
         val.examples if val else None,
@@ -72,48 +94,49 @@ def train(cfg: Config) -> Adapter:
         shuffle=cfg.data.shuffle,
         seed=cfg.seed,
     )
-    last = run / "checkpoints" / "last.ckpt"
+    # A resumed run goes on in its own folder, where the best checkpoint so far lies.
+    last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
     best, stopper, callbacks = _callbacks(cfg, module, last, validates=val is not None)
     trainer = _trainer(cfg, precision, callbacks, run)
-    module.parent = start.ref if start else None
 
-    before = trainer.validate(module, datamodule, verbose=False) if val and cfg.trainer.validate_first else []
-    if before and not resume:
+    before: list[Any] = []
+    if val and cfg.trainer.validate_first:
+        before = [resumed.before] if resumed else trainer.validate(module, datamodule, verbose=False)
+        module.before = dict(before[0])
         say("held out before training: " + _metric_line(before[0]))
     try:
-        trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True if resume else None)
-        if stopper.received is not None:
-            trainer.save_checkpoint(last)
-            raise Interrupted(stopper.received, last)
-    except Interrupted as stop:
-        say(
-            "Stopped; nothing was published. "
-            f"Go on with the same command and resume={stop.checkpoint} (or resume=last)."
+        trainer.fit(
+            module, datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True if resumed else None
         )
-        raise SystemExit(stop.exit_code) from None
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"Out of GPU memory: lower data.max_tokens (now {cfg.data.max_tokens}), which changes no result, set "
             f"model.gradient_checkpointing=true, or lower data.max_length. ({str(error).splitlines()[0]})"
         ) from error
+    trainer.save_checkpoint(last)  # should publishing fail, a resume from it publishes without training anew
+    if stopper.received is not None:
+        raise Interrupted(stopper.received, last)
 
-    metrics = _published_metrics(module, best, trainer, datamodule, before)
+    metrics = _best_metrics(module, best, trainer, datamodule if val else None)
+    metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in module.before.items()}
+    reason = "it has random weights (model.tiny)" if cfg.model.tiny else adapt.why_not_servable(module.model)
     draft = Draft(
         name=cfg.name,
         base=base,
         algorithm=cfg.algorithm.kind.value,
         peft=cfg.peft.kind.value,
-        rank=cfg.peft.r if cfg.peft.kind is Peft.lora else None,
+        rank=adapt.lora_rank(module.model),
         data=data.sources,
         parent=start.ref if start else None,
         metrics=metrics,
         versions=_versions(),
-        servable=adapt.why_not_servable(module.model) is None,
-        not_servable_reason=adapt.why_not_servable(module.model),
+        servable=reason is None,
+        not_servable_reason=reason,
     )
     published: Adapter | None = None
     if trainer.is_global_zero:
         published = folder.publish(adapters, draft, _writer(cfg, module.model, tokenizer))
+        last.unlink(missing_ok=True)  # there is nothing left to resume
     trainer.strategy.barrier()
     if published is None:
         raise SystemExit(0)  # only the first process publishes and prints
@@ -132,6 +155,8 @@ def _quiet() -> None:
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*You are using `torch.load` with `weights_only=False`.*",
         r".*no CUDA.*",
+        r".*Using ModelCheckpoint with manual optimization.*",
+        r".*Total length of `list` across ranks is zero.*",
         r".*GPU available but not used.*",
     )
     for message in ours:
@@ -144,39 +169,17 @@ def _run_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _checkpoint_to_resume(cfg: Config) -> Path | None:
-    if cfg.resume is None:
-        return None
-    if cfg.resume == "last":
-        found = sorted(Path(cfg.runs, cfg.name).glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError(f"resume=last: no run of {cfg.name!r} in {cfg.runs} has left a checkpoint.")
-        return found[-1]
-    path = Path(cfg.resume).expanduser()
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"resume={cfg.resume}: there is no checkpoint {path}.")
-    return path
-
-
-def _start(cfg: Config, adapters: Path, resume: Path | None) -> Adapter | None:
+def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | None:
     """The adapter that training begins with, or None for the base."""
-    if resume is not None:
+    if resumed is not None:
         # What the interrupted run began with, even if newer adapters were published meanwhile.
-        try:
-            parent = torch.load(resume, map_location="cpu", weights_only=True)["lit_ft"]["parent"]
-        except Exception as error:
-            raise UserError(
-                f"{resume} is not a readable checkpoint of lit_ft ({type(error).__name__}): it may have been cut "
-                "short. Give another with resume=PATH."
-            ) from error
-        return folder.find(adapters, parent) if parent else None
+        return folder.find(adapters, resumed.parent) if resumed.parent else None
     if cfg.start_from == "none":
         return None
     if cfg.start_from == "auto":
         if cfg.algorithm.kind is not Algorithm.dpo or cfg.peft.kind is not Peft.lora:
             return None
-        start = folder.newest(adapters, cfg.name, "sft")
+        start = folder.newest(adapters, cfg.name, "sft", on_broken=lambda reason: say(f"left out   {reason}"))
     else:
         start = folder.find(adapters, cfg.start_from)
     if start is not None and start.card.peft != cfg.peft.kind.value:
@@ -187,6 +190,19 @@ def _start(cfg: Config, adapters: Path, resume: Path | None) -> Adapter | None:
             "Choose that model, another name, or start_from=none."
         )
     return start
+
+
+def _identity(cfg: Config, base: Base, data: Prepared) -> dict[str, str]:
+    """What a checkpoint must have in common with the run that resumes it."""
+    return {
+        "algorithm": cfg.algorithm.kind.value,
+        "peft": cfg.peft.kind.value,
+        "model": base.hash,
+        "data": ", ".join(f"{d.source} {d.hash} {d.rows}" for d in data.sources),
+        "data.batch_size": str(cfg.data.batch_size),
+        "data.max_length": str(cfg.data.max_length),
+        "seed": str(cfg.seed),
+    }
 
 
 def _device(accelerator: str) -> torch.device:
@@ -204,15 +220,25 @@ def _examples(cfg: Config, tokenizer: Any) -> tuple[Prepared, Prepared | None]:
         val_path=cfg.data.val_path,
         val_split=cfg.data.val_split,
         split=cfg.data.split,
+        held_out_split=cfg.data.held_out_split,
         mix=[Mix(part.path, part.weight, part.split) for part in cfg.data.mix],
         max_val_rows=cfg.data.max_val_rows,
         max_rows=cfg.data.max_rows,
         seed=cfg.seed,
         max_length=cfg.data.max_length,
-        columns=dict(cfg.data.columns),
+        columns=_mapping("data.columns", cfg.data.columns),
         overflow=cfg.data.overflow.value,
         max_dropped=cfg.data.max_dropped,
     )
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    """A setting that is a mapping or null (a typed one could not be given on the command line)."""
+    if value is None:
+        return {}
+    if not OmegaConf.is_dict(value):
+        raise UserError(f"{key}={value} is not a mapping: give it as '{key}={{name: value}}'.")
+    return dict(value)
 
 
 def _model(cfg: Config, start: Adapter | None, precision: Precision) -> Any:
@@ -272,7 +298,10 @@ def _first_lines(
 ) -> None:
     """What the run is about to do, so that a mistake shows before it costs anything."""
     trained, total = adapt.parameter_counts(model)
-    lora = f", LoRA r={cfg.peft.r}" if cfg.peft.kind is Peft.lora else ""
+    rank = adapt.lora_rank(model)
+    lora = f", LoRA r={rank}" if rank else ""
+    if start is not None and rank != cfg.peft.r:
+        lora += f", as {start.ref} has it"
     say(f"model      {cfg.model.id}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}{lora})")
     say(f"start      {f'adapter {start.ref} ({start.card.algorithm})' if start else 'the base model'}")
     say(f"arithmetic {precision.trainer} ({precision.why}); rows {layout}")
@@ -326,7 +355,10 @@ def _with_reference(
                 pad_id=tokenizer.pad_token_id,
                 autocast=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
             )
-            write_cached(kept, key, known)
+            try:
+                write_cached(kept, key, known)
+            except OSError as error:  # a cache saves time; without it the run goes on
+                say(f"reference  log-probabilities could not be kept in {kept}: {error.strerror or error}")
         else:
             say(f"reference  log-probabilities of {len(known)} pairs read from the cache")
         return Prepared(attach(split.examples, known), split.sources, split.dropped)
@@ -403,6 +435,10 @@ def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path)
         return [instantiate(part) for part in parts if part.get("_target_")]
 
     t = cfg.trainer
+    extra = _mapping("trainer.extra", t.extra)
+    for key, ours in (("accumulate_grad_batches", "data.batch_size"), ("gradient_clip_val", "algorithm.max_grad_norm")):
+        if key in extra:
+            raise UserError(f"trainer.extra.{key} has no effect here, where steps are taken by hand: use {ours}.")
     try:
         strategy = third_party(cfg.strategy)
         loggers = third_party(cfg.logger)
@@ -423,26 +459,24 @@ def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path)
             enable_model_summary=False,
             enable_progress_bar=t.progress,
             num_sanity_val_steps=0,
-            **t.extra,
+            **extra,
         )
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"The trainer cannot be set up: {' '.join(str(error).split())}") from error
 
 
-def _published_metrics(module: Any, best: Any, trainer: Any, datamodule: Any, before: list[Any]) -> dict[str, float]:
-    """Put the best checkpoint's weights into the module; held-out metrics of those weights, and before training."""
-    metrics: dict[str, float] = {}
-    if best.best_model_path:
-        kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(kept["state_dict"])
-        metrics = dict(kept["lit_ft"]["metrics"])
-        metrics["step"] = float(kept["global_step"])
-    elif datamodule.val:
-        # Too few steps for a validation on the way: measure what is published.
-        metrics = dict(trainer.validate(module, datamodule, verbose=False)[0])
-    if before:
-        metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in before[0].items()}
-    return metrics
+def _best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[str, float]:
+    """Put the best weights into the module, the last ones among the candidates, and return their held-out metrics."""
+    if datamodule is None:
+        return {"step": float(trainer.global_step)}
+    score = best.best_model_score
+    if module.validated_at != trainer.global_step:  # the run ended between two validations
+        final = {k: float(v) for k, v in trainer.validate(module, datamodule, verbose=False)[0].items()}
+        if score is None or final[module.monitor] < float(score):
+            return {**final, "step": float(trainer.global_step)}
+    kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(kept["state_dict"])
+    return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}
 
 
 def _metric_line(metrics: Any) -> str:

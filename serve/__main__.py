@@ -9,16 +9,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from lit_ft.adapter import Adapter, Broken, scan
+from lit_ft.adapter import scan
 from lit_ft.cli import launch
 from lit_ft.errors import UserError
+from serve import base as bases
 from serve.config import ServeConfig
-from serve.registry import Survey, judge, newest_first
+from serve.registry import Survey, judge
 
 BASE_NAME = "base"
 LOOPBACK = "127.0.0.1,localhost,::1"
@@ -48,17 +49,18 @@ def serve(cfg: ServeConfig) -> int:
 
 
 def _serve(cfg: ServeConfig) -> int:
+    began = time.monotonic()
     root = Path(cfg.adapters)
     folders = scan(root)
-    model_id, model, base_hash = find_base([cfg.model] if cfg.model else bases(folders))
-    survey = judge(folders, root, base_hash, cfg.max_lora_rank)
-    report(survey, root, model_id)
+    base = bases.given(cfg.model) if cfg.model else bases.of_adapters(folders)
+    survey = judge(folders, root, base.hash, cfg.max_lora_rank)
+    report(survey, root, base.id)
 
     from serve.engine import Engine
 
     log_path = Path("runs", "serve", f"engine-{cfg.port}.log")
     engine = Engine(
-        model,
+        base.place,
         survey.served,
         served_name=BASE_NAME,
         max_loras=cfg.max_loras,
@@ -76,14 +78,15 @@ def _serve(cfg: ServeConfig) -> int:
         from serve.client import EngineClient
 
         client = EngineClient(engine.base_url, engine.api_key)
-        about = describe_base(model_id, base_hash, cfg.max_model_len)
+        about = bases.describe(base, cfg.max_model_len)
         page = app.build(
             cfg.title, client, BASE_NAME, about, survey.served, survey.refused, max_model_len=cfg.max_model_len
         )
         app.launch(page, cfg.host, cfg.port)
         sys.stdout.write(f"http://{cfg.host}:{cfg.port}\n")
         sys.stdout.flush()
-        say("Ready: open the address above in a browser; Ctrl-C stops it.")
+        seconds = time.monotonic() - began
+        say(f"Ready after {seconds:.0f} s: open the address above in a browser; Ctrl-C stops it.")
         while engine.alive():
             time.sleep(0.5)
         last = "\n".join(engine.tail())
@@ -134,43 +137,6 @@ def bypass_proxies() -> None:
     """Keep requests to this machine away from a proxy named in the environment."""
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(part for part in (os.environ.get(name), LOOPBACK) if part)
-
-
-def bases(folders: Iterable[Adapter | Broken]) -> list[str]:
-    """The bases of the adapters that can be served, that of the newest first; the bundled model if there are none."""
-    adapters = [found for found in folders if isinstance(found, Adapter) and found.card.servable]
-    ids = [one.card.base.id for one in sorted(adapters, key=newest_first)]
-    return list(dict.fromkeys(ids)) or ["bundled"]
-
-
-def find_base(candidates: Sequence[str]) -> tuple[str, str, str]:
-    """Id, place and fingerprint of the first candidate that can be had; one adapter's lost base stops no other.
-
-    Raises:
-        UserError: none can; the text is about the first.
-    """
-    from lit_ft.models.resolve import model_fingerprint, resolve_model
-
-    errors: list[UserError] = []
-    for model_id in candidates:
-        try:
-            model = resolve_model(model_id)
-            return model_id, model, model_fingerprint(model)
-        except UserError as error:
-            errors.append(error)
-            if len(errors) < len(candidates):
-                say(f"The base {model_id} of the newest adapter cannot be had, so the next one's is taken: {error}")
-    raise errors[0]
-
-
-def describe_base(model_id: str, base_hash: str, max_model_len: int) -> str:
-    """The panel's text for the base; a folder by its name, not where it lies on the server."""
-    name = "SmolLM2-135M-Instruct (bundled)" if model_id == "bundled" else model_id
-    name = Path(name).name if Path(name).is_dir() else name
-    return (
-        f"{name}, as it was before any training here.\n"
-        f"Context: {max_model_len:,} tokens.\nContent: {base_hash.removeprefix('sha256:')[:16]}…"
-    )
 
 
 def report(survey: Survey, root: Path, model_id: str) -> None:

@@ -130,9 +130,26 @@ def build(
 
         async def answer(
             stop: Stop, before: list[Message], question: str, kept: list[Message], *chosen: Any
-        ) -> AsyncIterator[tuple[Any, ...]]:
-            """Ask `question` after `before`, redrawing as the reply comes; on an error go back to `kept`."""
-            stop.begin()
+        ) -> AsyncGenerator[tuple[Any, ...], None]:
+            """Ask `question` after `before`, redrawing as the reply comes; on an error go back to `kept`.
+
+            Does nothing while another reply is being written.
+            """
+            if not await stop.begin():
+                # An edited message goes back to what it was; the words typed into the box stay there.
+                yield for_page(kept), *(gr.skip() for _ in shown[1:])
+                return
+            try:
+                async with aclosing(write(stop, before, question, kept, *chosen)) as updates:
+                    async for update in updates:
+                        yield update
+            finally:
+                stop.end()
+
+        async def write(
+            stop: Stop, before: list[Message], question: str, kept: list[Message], *chosen: Any
+        ) -> AsyncGenerator[tuple[Any, ...], None]:
+            """As `answer`, when it may."""
             state = [*before, Message("user", question)]
             yield *_conversation(state), "", _notice(""), *_buttons(busy=True)
             back: Any = gr.skip()
@@ -160,8 +177,9 @@ def build(
             if not text.strip():
                 yield tuple(gr.skip() for _ in shown)
                 return
-            async for update in answer(stop, said, text, said, *chosen):
-                yield update
+            async with aclosing(answer(stop, said, text, said, *chosen)) as updates:
+                async for update in updates:
+                    yield update
 
         async def on_retry(
             data: gr.RetryData, stop: Stop, said: list[Message], *chosen: Any
@@ -170,8 +188,9 @@ def build(
             if found is None:
                 yield tuple(gr.skip() for _ in shown)
                 return
-            async for update in answer(stop, *found, said, *chosen):
-                yield update
+            async with aclosing(answer(stop, *found, said, *chosen)) as updates:
+                async for update in updates:
+                    yield update
 
         async def on_edit(
             data: gr.EditData, stop: Stop, said: list[Message], *chosen: Any
@@ -180,8 +199,9 @@ def build(
             if found is None or not question.strip():
                 yield *_conversation(said), *(gr.skip() for _ in shown[2:])
                 return
-            async for update in answer(stop, found[0], question, said, *chosen):
-                yield update
+            async with aclosing(answer(stop, found[0], question, said, *chosen)) as updates:
+                async for update in updates:
+                    yield update
 
         # Both asynchronous: an asyncio.Event may be set in its own thread only.
         async def on_stop(text: str, stop: Stop) -> None:

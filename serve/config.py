@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class ServeConfig:
     """One field for each key of conf/serve.yaml."""
 
-    adapters: str = "adapters"
+    adapters: str = "./adapters"
     """The folder of published adapters."""
 
     model: str | None = None

@@ -106,7 +106,7 @@ def build_command(
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
     ]
-    if template := _shared_template(adapters):
+    if template := _template(adapters):
         command += ["--chat-template", str(template)]
     if adapters:
         # As JSON: the short form NAME=PATH cannot hold every path.
@@ -115,12 +115,13 @@ def build_command(
     return command
 
 
-def _shared_template(adapters: Sequence[Adapter]) -> Path | None:
-    """The chat template that all adapters were trained with, if it is one: vLLM itself only looks at the base's."""
-    paths = [adapter.path / "chat_template.jinja" for adapter in adapters]
-    if not paths or not all(path.is_file() for path in paths):
-        return None
-    return paths[0].resolve() if len({path.read_bytes() for path in paths}) == 1 else None
+def _template(adapters: Sequence[Adapter]) -> Path | None:
+    """The served adapters' chat template, if they bring one: vLLM itself only looks at the base's.
+
+    They bring the same: serve.registry refuses those that differ.
+    """
+    paths = (adapter.path.resolve() / "chat_template.jinja" for adapter in adapters)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _environment(model: str, api_key: str, cpu: bool) -> dict[str, str]:

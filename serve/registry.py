@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_ft.adapter import Adapter, Broken, scan
+from serve.origin import on_a_local_model
 
 # The largest rank that vLLM 0.32 accepts for --max-lora-rank.
 ENGINE_MAX_RANK = 512
@@ -65,7 +66,26 @@ def judge(folders: Iterable[Adapter | Broken], adapters_root: Path, base_hash: s
         else:
             refused.append(Refused(_relative(found.path, adapters_root), reason))
     served.sort(key=newest_first)
-    return Survey(served, refused)
+    # The newest decides, since it is the one that the page offers first.
+    alike = [one for one in served if chat_template(one) == chat_template(served[0])]
+    refused += [Refused(one.ref, _other_template(served[0])) for one in served if one not in alike]
+    return Survey(alike, refused)
+
+
+def chat_template(adapter: Adapter) -> bytes | None:
+    """The template that the adapter was trained with; None where it brings none."""
+    try:
+        return (adapter.path / "chat_template.jinja").read_bytes()
+    except OSError:
+        return None
+
+
+def _other_template(newest: Adapter) -> str:
+    return (
+        f"It was trained with another chat template than {newest.ref}, the newest one here, and a server has one "
+        "template for all: with the wrong one its answers would suffer. Put it into an adapters folder of its own "
+        "and serve that with a second server: python -m serve adapters=FOLDER port=7861."
+    )
 
 
 def newest_first(adapter: Adapter) -> tuple[float, str, int]:
@@ -94,9 +114,16 @@ def _objections(adapter: Adapter, root: Path, base_hash: str, max_rank: int | No
     if not card.servable:
         yield card.not_servable_reason or "Its card says that it cannot be served as an adapter; it gives no reason."
     if card.base.hash != base_hash:
+        if on_a_local_model(adapter):
+            which, remedy = (
+                f"the local model {card.base.id!r}",
+                "Give that model's folder with model=FOLDER to serve it",
+            )
+        else:
+            which, remedy = card.base.id, f"Serve it with model={card.base.id}"
         yield (
-            f"It was trained on another base: {card.base.id} ({_short(card.base.hash)}), "
-            f"while this one is {_short(base_hash)}. Serve it with model={card.base.id}."
+            f"It was trained on another base: {which} ({_short(card.base.hash)}), "
+            f"while this one is {_short(base_hash)}. {remedy}."
         )
     rank, limit = _rank(adapter), ENGINE_MAX_RANK if max_rank is None else min(max_rank, ENGINE_MAX_RANK)
     if rank is None:

@@ -17,6 +17,11 @@ class Stop:
     """
 
     def __init__(self) -> None:
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._reset()
+
+    def _reset(self) -> None:
         self.asked = asyncio.Event()
         self.typed = ""
         """What was in the box by then: not to be overwritten."""
@@ -24,9 +29,23 @@ class Stop:
         self.clear = False
         """Whether the conversation goes as well."""
 
-    def begin(self) -> None:
-        """A new reply starts: wishes about older ones are void."""
-        self.__init__()  # type: ignore[misc]
+    async def begin(self) -> bool:
+        """Whether a new reply may start; if so it counts as in progress until `end`, and older wishes are void.
+
+        It may not while another is being written: the two would write one conversation, and only one could be
+        stopped. After a clear it only waits for the other's end, which is near.
+        """
+        while not self._idle.is_set():
+            if not self.clear:
+                return False
+            await self._idle.wait()
+        self._idle.clear()
+        self._reset()
+        return True
+
+    def end(self) -> None:
+        """The reply that began is over."""
+        self._idle.set()
 
     def ask(self, typed: str = "", clear: bool = False) -> None:
         """End the reply in progress, if there is one."""

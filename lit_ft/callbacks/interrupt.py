@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,12 +15,30 @@ from lit_ft.progress import say
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop and has kept its last checkpoint. Not an Exception: nothing should swallow it."""
+    """The run was asked to stop. Not an Exception: nothing should swallow it.
 
-    def __init__(self, signum: int, checkpoint: Path) -> None:
+    `checkpoint` is what was kept, or None where there was nothing to keep yet.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path | None) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
         self.checkpoint = checkpoint
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`: Lightning would end with exit code 1, or 0, and say nothing."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise Interrupted(signum, None)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class FinishStepOnSignal(Callback):

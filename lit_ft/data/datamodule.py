@@ -162,6 +162,7 @@ def load_examples(
     val_path: str | Sequence[Row] | None = None,
     val_split: float = 0.1,
     split: str = "train",
+    held_out_split: str = "validation",
     mix: Sequence[Mix] = (),
     max_val_rows: int | None = None,
     seed: int = 0,
@@ -169,13 +170,20 @@ def load_examples(
 ) -> tuple[Prepared, Prepared | None]:
     """Training and held-out examples.
 
-    Held-out rows are those of `val_path`; else those beside `train.*` in a folder (`heldout.*`, `validation.*`); else
-    `val_split` of the rows, drawn with `seed`; at most `max_val_rows`. `options` go to `prepare`.
+    Held-out rows are those of `val_path` (of its `held_out_split`, for a Hub id); else those beside `train.*` in a
+    folder (`heldout.*`, `validation.*`); else `val_split` of the rows, drawn with `seed`; at most `max_val_rows`.
+    `options` go to `prepare`.
     """
-    main = prepare(open_source(path, split), encoder, kind, **options)
-    held_out = open_source(val_path, split) if val_path is not None else None
-    if held_out is None and isinstance(path, str):
-        held_out = held_out_source(path)
+    source = open_source(path, split)
+    main = prepare(source, encoder, kind, **options)
+    held_out: Source | None = None
+    if val_path is None:
+        held_out = held_out_source(path) if isinstance(path, str) else None
+    else:
+        beside = held_out_source(val_path) if isinstance(val_path, str) else None
+        held_out = beside or open_source(val_path, held_out_split)
+        if held_out.hash == source.hash:
+            raise UserError(f"data.val_path={val_path} holds the same rows as data.path: nothing would be held out.")
     val: Prepared | None = None
     if held_out is not None:
         val = prepare(held_out, encoder, kind, **{**options, "max_rows": max_val_rows})
@@ -185,10 +193,10 @@ def load_examples(
         chosen = set(random.Random(seed).sample(range(len(main.examples)), count))
         kept = [e for k, e in enumerate(main.examples) if k not in chosen]
         out = [e for k, e in enumerate(main.examples) if k in chosen]
-        source = main.sources[0]
-        val = Prepared([replace(e, index=k) for k, e in enumerate(out)], [replace(source, rows=len(out))])
+        origin = main.sources[0]
+        val = Prepared([replace(e, index=k) for k, e in enumerate(out)], [replace(origin, rows=len(out))])
         main = Prepared(
-            [replace(e, index=k) for k, e in enumerate(kept)], [replace(source, rows=len(kept))], main.dropped
+            [replace(e, index=k) for k, e in enumerate(kept)], [replace(origin, rows=len(kept))], main.dropped
         )
     others = [
         (prepare(open_source(part.path, part.split), encoder, kind, **{**options, "max_rows": None}), part.weight)

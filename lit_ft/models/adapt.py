@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +152,7 @@ def why_not_servable(model: Any) -> str | None:
     return None
 
 
-def targeted_modules(model: Any) -> list[str]:
-    """Names of the modules that carry a LoRA adapter."""
-    return [re.sub(r"\.lora_A$", "", n) for n, _ in model.named_modules() if n.endswith(".lora_A")]
+def lora_rank(model: Any) -> int | None:
+    """The rank of the model's LoRA adapter, or None if it has none."""
+    config = next(iter(model.peft_config.values())) if is_adapted(model) else None
+    return getattr(config, "r", None)

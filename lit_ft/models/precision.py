@@ -8,7 +8,9 @@ from typing import Literal
 
 import torch
 
-PrecisionName = Literal["auto", "bf16-mixed", "32-true"]
+from lit_ft.errors import UserError
+
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,14 @@ class Precision:
     why: str
 
 
-def choose_precision(wanted: PrecisionName, device: torch.device) -> Precision:
-    """`wanted`, or for `auto` bf16 where this device multiplies it faster than fp32."""
+def choose_precision(wanted: str, device: torch.device) -> Precision:
+    """`bf16-mixed` or `32-true` as wanted, or for `auto` bf16 where this device multiplies it faster than fp32.
+
+    Raises:
+        UserError: any other precision; `bf16-true` and `16-true` would cast the trained weights down.
+    """
+    if wanted not in PRECISIONS:
+        raise UserError(f"trainer.precision={wanted} is not supported: use one of {', '.join(PRECISIONS)}.")
     if wanted == "32-true":
         return Precision("32-true", torch.float32, "as asked")
     if wanted == "bf16-mixed":

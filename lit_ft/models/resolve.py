@@ -5,6 +5,7 @@ No torch at import: serving and `--help` use this too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -89,7 +90,8 @@ def model_fingerprint(model_id: str) -> str:
     # Who wrote the config and where it lay says nothing about the model.
     meaning = {k: v for k, v in config.items() if k not in {"transformers_version", "_name_or_path"}}
     digest.update(json.dumps(meaning, sort_keys=True).encode())
-    _write_json(memory, known)
+    with contextlib.suppress(OSError):  # a cache saves time; without it the hash is made again
+        _write_json(memory, known)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -105,8 +107,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     # Beside and renamed: two runs that start together must not read half a file.
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(content), encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _bundled_folder() -> Path:

@@ -75,6 +75,10 @@ class FineTuneModule(L.LightningModule, ABC):
         self.num_tokens = 0
         # The adapter that training began with (`name@vN`), kept in checkpoints so that a resume begins with it too.
         self.parent: str | None = None
+        # What a resume must have in common with this run; and the held-out metrics before the first step.
+        self.identity: dict[str, str] = {}
+        self.before: dict[str, float] = {}
+        self.validated_at = -1
         self._eval: dict[str, list[float]] = {}
         self._rng: dict[str, Any] | None = None
 
@@ -151,6 +155,7 @@ class FineTuneModule(L.LightningModule, ABC):
         held = self.trainer.strategy.reduce(held, reduce_op="sum")
         means = (held[:, 0] / held[:, 1]).tolist()
         self.log_dict({f"eval/{key}": value for key, value in zip(self._eval, means, strict=True)})
+        self.validated_at = self.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trained weights, with a schedule over the run's real number of steps."""
@@ -205,6 +210,8 @@ class FineTuneModule(L.LightningModule, ABC):
             "rng": rng,
             "num_tokens": self.num_tokens,
             "parent": self.parent,
+            "identity": self.identity,
+            "before": self.before,
             "metrics": held_out,
         }
 

@@ -124,6 +124,27 @@ def test_stop_keeps_what_was_written(visit: Visit, stub: Stub) -> None:
     assert stub.aborted == aborted + 1
 
 
+def test_retry_while_a_reply_is_written_leaves_it_alone(visit: Visit, stub: Stub) -> None:
+    from playwright.sync_api import expect
+
+    visit.ask("First")
+    stub.delay_s, stub.reply = 0.3, " ".join("abcdefghijklmnopqrstuvwxyz" * 3)
+    count = len(stub.requests)
+    visit.send("Go on and on")
+    expect(visit.messages.nth(3)).to_contain_text("a b c")
+    retry = visit.button("Retry")
+    if retry.count():  # the widget may hide it meanwhile
+        retry.last.click(force=True)
+        visit.page.wait_for_timeout(700)
+    assert len(stub.requests) == count + 1
+    visit.page.locator("#stop").click()
+    expect(visit.messages.nth(3)).to_contain_text("stopped")
+    visit.idle()
+    expect(visit.messages).to_have_count(4)
+    stub.delay_s, stub.reply = 0.0, None
+    visit.ask("Next")
+
+
 def test_stop_before_the_first_word_gives_the_question_back(visit: Visit, stub: Stub) -> None:
     from playwright.sync_api import expect
 

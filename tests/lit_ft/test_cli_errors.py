@@ -131,12 +131,33 @@ def test_names_that_are_paths(refused: Callable[..., str]) -> None:
     assert "../evil" in refused("name=../evil")
 
 
+def test_columns_that_are_no_mapping(refused: Callable[..., str], llama_folder: Path) -> None:
+    assert "data.columns=prompt is not a mapping" in refused(f"model.id={llama_folder}", "data.columns=prompt")
+
+
+def test_precisions_that_would_hurt(refused: Callable[..., str], llama_folder: Path) -> None:
+    assert "bf16-mixed" in refused(f"model.id={llama_folder}", "trainer.precision=bf16-true")
+
+
+def test_accumulation_by_lightning(refused: Callable[..., str], llama_folder: Path) -> None:
+    extra = "trainer.extra={accumulate_grad_batches: 4}"
+    assert "data.batch_size" in refused(f"model.id={llama_folder}", "data.max_length=2048", extra)
+
+
+def test_held_out_rows_that_are_the_training_rows(
+    refused: Callable[..., str], llama_folder: Path, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    message = refused(f"model.id={llama_folder}", f"data.path={path}", f"data.val_path={path}")
+    assert "nothing would be held out" in message
+
+
 def test_unknown_start(refused: Callable[..., str], llama_folder: Path) -> None:
     assert "'other@v3'" in refused(f"model.id={llama_folder}", "start_from=other@v3")
 
 
 def test_nothing_to_resume(refused: Callable[..., str], llama_folder: Path) -> None:
-    assert "no run of 'support'" in refused(f"model.id={llama_folder}", "resume=last")
+    assert "no unfinished sft run" in refused(f"model.id={llama_folder}", "resume=last")
     assert "there is no checkpoint" in refused(f"model.id={llama_folder}", "resume=some.ckpt")
 
 

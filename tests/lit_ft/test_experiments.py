@@ -65,7 +65,7 @@ def test_experiment_runs_two_steps(experiment: str, tmp_path: Path, llama_folder
         rows = [{"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", "content": f"{k}."}]}
                 for k in range(16)]  # fmt: skip
         (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        overrides = [f"model.id={opt_folder}", "data.path=chat.jsonl", "data.val_split=0.25"]
+        overrides = [f"model.id={opt_folder}", "data.path=chat.jsonl", "data.val_path=null", "data.val_split=0.25"]
     done = command(tmp_path, f"+experiment={experiment}", *overrides, *TINY)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
@@ -81,7 +81,9 @@ def test_experiment_runs_two_steps(experiment: str, tmp_path: Path, llama_folder
 def test_the_article_goes_on_with_dpo_on_its_three_rows(tmp_path: Path, opt_folder: Path) -> None:
     rows = [{"prompt": f"{k}?", "completion": f"{k}."} for k in range(16)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sft = command(tmp_path, "+experiment=article", f"model.id={opt_folder}", "data.path=rows.jsonl", *TINY)
+    sft = command(
+        tmp_path, "+experiment=article", f"model.id={opt_folder}", "data.path=rows.jsonl", "data.val_path=null", *TINY
+    )
     assert sft.returncode == 0, sft.stderr
     dpo = command(
         tmp_path, "+experiment=article", "algorithm=dpo", "data=article_preferences", f"model.id={opt_folder}", *TINY

@@ -71,7 +71,7 @@ def test_a_signal_keeps_the_last_checkpoint_and_resume_is_exact(
     step = torch.load(kept, weights_only=True)["global_step"]
     assert 0 < step < 24
     resumed = start(tmp_path, f"model.id={llama_folder}", "resume=last")
-    _, err = resumed.communicate(timeout=300)
+    out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert out == "adapters/support/v1\n"
     found = weights(tmp_path)

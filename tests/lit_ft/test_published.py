@@ -52,15 +52,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return caught
 
 
+@pytest.mark.parametrize("rslora", ["false", "true"])
 def test_peft_loads_what_was_trained(
-    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, trained: dict[str, Any]
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, trained: dict[str, Any], rslora: str
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    outcome = cli(f"model.id={llama_folder}", *ARGS)
+    outcome = cli(f"model.id={llama_folder}", f"peft.use_rslora={rslora}", *ARGS)
     assert outcome.code == 0, outcome.err
     folder = Path(outcome.out.splitlines()[-1])
+    assert json.loads((folder / "adapter_config.json").read_text())["use_rslora"] is (rslora == "true")
     assert {path.name for path in folder.iterdir()} == FILES
 
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("Where is my bike?")["input_ids"]])

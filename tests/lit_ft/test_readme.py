@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,17 +45,21 @@ def test_training_command(
 ) -> None:
     write_files(Path.cwd())
     model = opt_folder if "article" in command else llama_folder
-    local = ("data.path=chats.jsonl",) if "article" in command else ()  # its data is on the Hub
+    local = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()  # its data is on the Hub
     outcome = cli(*shlex.split(command), f"model.id={model}", *local, *TINY)
     assert outcome.code == 0, outcome.err
     assert adapter.read(Path(outcome.out.strip())).card.metrics
 
 
-def test_resume_command(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
+def test_resume_command(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (command,) = [c for c in TRAINING if "resume=" in c]
-    assert cli("+experiment=sft", f"model.id={llama_folder}", *TINY, "trainer.save_every_n_steps=1").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "publish", lambda *_: signal.raise_signal(signal.SIGINT))  # at the last moment
+        assert cli("+experiment=sft", f"model.id={llama_folder}", *TINY).code == 130
     outcome = cli(*shlex.split(command), f"model.id={llama_folder}", *TINY)
-    assert outcome.code == 0 and outcome.out == "adapters/support/v2\n", outcome.err
+    assert outcome.code == 0 and outcome.out == "adapters/support/v1\n", outcome.err
 
 
 def test_help(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,8 +196,72 @@ def test_until_passes_all_items_and_errors_on() -> None:
 def test_a_new_reply_forgets_older_wishes() -> None:
     stop = Stop()
     stop.ask(typed="x", clear=True)
-    stop.begin()
+    assert asyncio.run(stop.begin())
     assert not stop.asked.is_set() and not stop.clear and stop.typed == ""
+
+
+def test_one_reply_at_a_time_and_after_a_clear_the_next_waits_for_its_end() -> None:
+    async def main() -> None:
+        stop = Stop()
+        assert await stop.begin()
+        assert not await stop.begin()
+        stop.ask(typed="x")  # ending, but its last words are to be written
+        assert not await stop.begin()
+        stop.ask(clear=True)
+        begun = asyncio.ensure_future(stop.begin())
+        await asyncio.sleep(0.01)
+        assert not begun.done() and stop.asked.is_set()
+        stop.end()
+        assert await begun
+        assert not stop.asked.is_set() and not await stop.begin()
+
+    asyncio.run(asyncio.wait_for(main(), 5))
+
+
+@pytest.mark.parametrize("other", ["on_send", "on_retry", "on_edit"])
+def test_another_event_does_not_detach_the_reply_in_progress(stub: Stub, other: str) -> None:
+    page = app.build("A title", EngineClient(stub.base_url, API_KEY), "base", "A base.", [], [], 60)
+    events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
+    chosen = ("base", "", 0.7, 0.9, 50, "")
+    data = {"on_send": "More", "on_retry": SimpleNamespace(index=0), "on_edit": SimpleNamespace(index=0, value="Other")}
+    stub.delay_s, stub.reply, asked = 0.05, "a b c d e f g h " * 20, len(stub.requests)
+
+    async def main() -> tuple[list[Any], list[Any]]:
+        stop = Stop()
+        running, meanwhile = [], []
+        async with aclosing(events["on_send"]("Hello", stop, [], *chosen)) as updates:
+            async for update in updates:
+                running.append(update)
+                said = update[1]
+                if len(running) == 3:  # the third shows some of the reply
+                    meanwhile = [one async for one in events[other](data[other], stop, said, *chosen)]
+                    stop.ask()  # and the one in progress can still be stopped
+        return running, meanwhile
+
+    try:
+        running, meanwhile = asyncio.run(asyncio.wait_for(main(), 20))
+    finally:
+        stub.delay_s, stub.reply = 0.0, None
+    assert len(stub.requests) == asked + 1, "nothing else was asked"
+    assert running[-1][1][-1].note == "stopped"
+    [update] = meanwhile
+    assert update[0] == for_page(running[2][1]), "an edited message is shown as it was"
+    assert all(value == {"__type__": "update"} for value in update[1:])
+
+
+def test_after_a_reply_another_may_begin(stub: Stub) -> None:
+    page = app.build("A title", EngineClient(stub.base_url, API_KEY), "base", "A base.", [], [], 60)
+    events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
+
+    async def main() -> list[str]:
+        stop, said, told = Stop(), [], []
+        for text, seed in (("One", ""), ("Two", "no number"), ("Three", "")):  # the second fails
+            async for update in events["on_send"](text, stop, said, "base", "", 0.7, 0.9, 50, seed):
+                said = update[1]
+            told.append(said[-1].text)
+        return told
+
+    assert asyncio.run(main()) == ["I am base. You wrote: One"] * 2 + ["I am base. You wrote: Three"]
 
 
 # --- the panel ---

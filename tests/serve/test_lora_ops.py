@@ -257,7 +257,17 @@ def test_register_replaces_once_and_only_what_it_knows(monkeypatch: pytest.Monke
         def add_shrink(self, y: Any, x: Any, weights: Any) -> None: ...
 
     monkeypatch.setattr(punica_cpu, "PunicaWrapperCPU", Changed)
-    lora_ops.register()
+    with pytest.raises(RuntimeError, match=r"add_shrink has other parameters.*Known to work: vLLM 0\.32\.0") as told:
+        lora_ops.register()
+    assert "\n" not in str(told.value)
+    assert punica_cpu.PunicaWrapperCPU is Changed
+    with monkeypatch.context() as gone:
+        gone.delattr(punica_cpu, "PunicaWrapperCPU")
+        with pytest.raises(RuntimeError, match="Known to work"):
+            lora_ops.register()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False), raising=False)
+        lora_ops.register()  # a changed wrapper is nothing to a GPU
     assert punica_cpu.PunicaWrapperCPU is Changed
 
     monkeypatch.setattr(punica_cpu, "PunicaWrapperCPU", original)
@@ -266,6 +276,20 @@ def test_register_replaces_once_and_only_what_it_knows(monkeypatch: pytest.Monke
     assert replaced is not original and issubclass(replaced, original)
     lora_ops.register()
     assert punica_cpu.PunicaWrapperCPU is replaced
+
+
+def test_vllm_does_not_start_where_the_operators_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM passes on what a plugin raises, and does not merely log it."""
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    punica_cpu = pytest.importorskip("vllm.lora.punica_wrapper.punica_cpu")
+    plugins = pytest.importorskip("vllm.plugins")
+    platforms = pytest.importorskip("vllm.platforms")
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: True), raising=False)
+    monkeypatch.setattr(punica_cpu, "PunicaWrapperCPU", type("PunicaWrapperCPU", (), {}))
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    monkeypatch.setattr(plugins, "load_plugins_by_group", lambda group: {"lit_ft_lora_ops": lora_ops.register})
+    with pytest.raises(RuntimeError, match="update_metadata is gone"):
+        plugins.load_general_plugins()
 
 
 def test_an_empty_plan_touches_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_ft.adapter import Broken
 from lit_ft.errors import UserError
-from serve.__main__ import bases, bypass_proxies, check_host, check_port, describe_base, find_base
+from serve.__main__ import bypass_proxies, check_host, check_port
 from tests.serve.published import adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +90,7 @@ def test_a_signal_ends_page_and_engine(tmp_path: Path, number: signal.Signals) -
     assert "serving  support@v1 (sft)" in err and "refused  legal/v1: " in err
     assert "loading the weights (0 s)" in err and err.rstrip().endswith("Stopped.")
     assert "Traceback" not in err
+    assert re.search(r"^Ready after \d+ s: open ", err, re.MULTILINE)
     assert gone(int((tmp_path / "engine.pid").read_text()))
     check_port("127.0.0.1", port)
 
@@ -138,29 +139,6 @@ def test_a_port_in_use() -> None:
 def test_numbers_that_are_no_ports(port: int) -> None:
     with pytest.raises(UserError, match="1 to 65535"):
         check_port("127.0.0.1", port)
-
-
-def test_the_bases_of_servable_adapters_newest_first(tmp_path: Path) -> None:
-    old = adapter(tmp_path, version=1, base={"id": "old/base", "hash": "sha256:0"})
-    new = adapter(tmp_path, version=2, base={"id": "new/base", "hash": "sha256:1"})
-    unservable = adapter(tmp_path, version=3, base={"id": "other/base", "hash": "sha256:2"}, servable=False)
-    broken = Broken(tmp_path / "support" / "v4", "Broken.")
-    assert bases([old, new, unservable, broken]) == ["new/base", "old/base"]
-    assert bases([broken, unservable]) == ["bundled"]
-
-
-def test_a_base_that_is_lost_stops_no_other(tmp_path: Path, llama_folder: Path, own_cache: Path) -> None:
-    lost = str(tmp_path / "lost")
-    model_id, model, fingerprint = find_base([lost, str(llama_folder)])
-    assert model_id == model == str(llama_folder) and fingerprint.startswith("sha256:")
-    with pytest.raises(UserError, match="lost"):
-        find_base([lost])
-
-
-def test_where_a_base_lies_stays_on_the_server(tmp_path: Path) -> None:
-    (tmp_path / "my-model").mkdir()
-    text = describe_base(str(tmp_path / "my-model"), "sha256:0123", 2048)
-    assert "my-model" in text and str(tmp_path) not in text and "2,048" in text
 
 
 def test_proxies_are_bypassed_and_what_was_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,21 @@ def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
     assert ref == "support@v1" and "leads out" in reason
 
 
+def test_another_chat_template_than_the_newest(tmp_path: Path) -> None:
+    for version, template in ((1, "A"), (2, None), (3, "B"), (4, "A")):
+        made = folder(tmp_path, version=version)
+        if template:
+            (made / "chat_template.jinja").write_text(template)
+    folder(tmp_path, "newer", 5, servable=False)  # not served, so it decides nothing
+    found = look(tmp_path)
+    assert [one.ref for one in found.served] == ["support@v4", "support@v1"]
+    reasons = {one.ref_or_path: one.reason for one in found.refused}
+    assert set(reasons) == {"newer@v5", "support@v3", "support@v2"}
+    for ref in ("support@v3", "support@v2"):
+        for part in ("another chat template than support@v4", "adapters=FOLDER port="):
+            assert part in reasons[ref]
+
+
 def test_judging_does_not_scan_again(tmp_path: Path) -> None:
     found: list[Adapter] = [read(folder(tmp_path))]
     shutil.rmtree(tmp_path / "support" / "v1")
