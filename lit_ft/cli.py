@@ -86,7 +86,12 @@ def _first_words(error: Exception) -> str:
         text = f"{override!r} cannot be read: {text}"
     key = getattr(error, "full_key", None)
     place = f" (key: {key})" if key and key not in text else ""
-    return f"{text}{place} See `python -m lit_ft --help` for what there is."
+    return f"{text}{place} See `python -m {_command()} --help` for what there is."
+
+
+def _command() -> str:
+    """The package that was started: `lit_ft` or `serve`."""
+    return "serve" if Path(sys.argv[0]).parent.name == "serve" else "lit_ft"
 
 
 def _complain(text: str) -> None:
