@@ -1,6 +1,6 @@
 """What the base and each adapter answer to the same held-out questions, greedily, as Markdown.
 
-Usage: python examples/answers.py [ADAPTER_FOLDER ...]
+Usage: python examples/answers.py [model=MODEL] [ADAPTER_FOLDER ...]
 """
 
 import json
@@ -12,12 +12,14 @@ from peft import PeftModel
 from lit_ft.data.files import examples_folder
 from lit_ft.models.load import load_model, load_tokenizer
 
-folders = sys.argv[1:] or ["adapters/support/v1", "adapters/support/v2"]
+folders = [argument for argument in sys.argv[1:] if not argument.startswith("model=")]
+folders = folders or ["adapters/support/v1", "adapters/support/v2"]
+model_id = next((a.removeprefix("model=") for a in sys.argv[1:] if a.startswith("model=")), "bundled")
 rows = (examples_folder() / "support_sft" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
 questions = [json.loads(rows[k])["messages"][0]["content"] for k in (0, 2, 5)]
 
-tokenizer = load_tokenizer("bundled")
-model = PeftModel.from_pretrained(load_model("bundled"), folders[0], folders[0]).eval()
+tokenizer = load_tokenizer(model_id)
+model = PeftModel.from_pretrained(load_model(model_id), folders[0], folders[0]).eval()
 for folder in folders[1:]:
     model.load_adapter(folder, folder)
 

@@ -27,5 +27,19 @@ def test_script_trains_an_adapter(script: str, tmp_path: Path, llama_folder: Pat
     assert PeftConfig.from_pretrained(str(tmp_path / "my-adapter")).r == 16
 
 
+def test_answers_of_base_and_adapters(tmp_path: Path, llama_folder: Path) -> None:
+    script = [sys.executable, str(ROOT / "examples" / "train_sft.py"), str(llama_folder), "1"]
+    assert subprocess.run(script, cwd=tmp_path, capture_output=True, timeout=240).returncode == 0
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "answers.py"), f"model={llama_folder}", "my-adapter"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> **") == 3 and done.stdout.count("*base*") == done.stdout.count("*my-adapter*") == 3
+
+
 def test_every_script_is_tested() -> None:
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"train_sft.py", "train_dpo.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"train_sft.py", "train_dpo.py", "answers.py"}
