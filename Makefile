@@ -31,11 +31,12 @@ $(STAMP): pyproject.toml
 demo: install
 	@examples/demo.sh $(PY)
 
-test: install
-	$(PY) -m pytest
+# The tests on tiny models side by side, then those that want the machine for themselves.
+test: unit
+	$(PY) -m pytest -m "engine or browser or slow"
 
 unit: install
-	$(PY) -m pytest -m "not engine and not browser and not slow"
+	$(PY) -m pytest -n auto --maxprocesses 4 -m "not engine and not browser and not slow"
 
 lint: install
 	$(PY) -m ruff check .

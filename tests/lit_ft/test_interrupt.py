@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 ARGS = (
     "data.max_length=2048",
     "data.max_rows=24",

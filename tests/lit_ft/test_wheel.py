@@ -12,6 +12,8 @@ import pytest
 
 from lit_ft import adapter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
