@@ -155,6 +155,7 @@ def _quiet() -> None:
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*You are using `torch.load` with `weights_only=False`.*",
         r".*no CUDA.*",
+        r".*It is recommended to use `self\.log\(.*sync_dist=True.*",  # metrics are reduced before they are logged
         r".*Using ModelCheckpoint with manual optimization.*",
         r".*Total length of `list` across ranks is zero.*",
         r".*GPU available but not used.*",
