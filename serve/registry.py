@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_ft.adapter import Adapter, Broken, scan
+from lit_ft.adapter import Adapter, Broken
 from serve.origin import on_a_local_model
 
 # The largest rank that vLLM 0.32 accepts for --max-lora-rank.
@@ -39,19 +39,15 @@ class Survey:
     refused: list[Refused]
 
 
-def survey(adapters_root: Path, base_hash: str, max_rank: int | None) -> Survey:
-    """Sort the adapters under `adapters_root` into served and refused; no single bad one stops the others.
+def judge(folders: Iterable[Adapter | Broken], adapters_root: Path, base_hash: str, max_rank: int | None) -> Survey:
+    """Sort scanned folders into served and refused; no single bad one stops the others.
 
     Args:
-        adapters_root: the folder of `<name>/v<N>` folders; a missing one counts as empty.
+        folders: what `lit_ft.adapter.scan` found (it hashes all weights, so it is done once, by the caller).
+        adapters_root: the folder that was scanned.
         base_hash: the fingerprint of the base model that will be served.
         max_rank: the largest LoRA rank to make room for; None means as large as the engine can.
     """
-    return judge(scan(adapters_root), adapters_root, base_hash, max_rank)
-
-
-def judge(folders: Iterable[Adapter | Broken], adapters_root: Path, base_hash: str, max_rank: int | None) -> Survey:
-    """As `survey`, of folders that have been scanned already (a scan hashes all weights, so do it once)."""
     served: list[Adapter] = []
     refused: list[Refused] = []
     for found in folders:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lit_ft.adapter import Adapter, read
-from serve.registry import Survey, judge, survey
+from lit_ft.adapter import Adapter, read, scan
+from serve.registry import Survey, judge
 from tests.serve.published import BASE_HASH, folder
 
 
 def look(root: Path, max_rank: int | None = None) -> Survey:
-    return survey(root, BASE_HASH, max_rank)
+    return judge(scan(root), root, BASE_HASH, max_rank)
 
 
 def refusal(root: Path, max_rank: int | None = None) -> tuple[str, str]:
