@@ -211,7 +211,7 @@ def test_the_settings_are_sent(visit: Visit, stub: Stub) -> None:
     from playwright.sync_api import expect
 
     page = visit.page
-    page.locator("#settings button").first.click()
+    visit.open_settings()
     page.locator("#system textarea").fill("Answer in one word.")
     page.locator("#temperature input[type=number]").fill("0.25")
     page.locator("#temperature input[type=number]").press("Tab")

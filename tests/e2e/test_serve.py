@@ -118,7 +118,7 @@ def test_a_person_asks_switches_the_adapter_and_asks_again(server: Server, brows
     for part in ("support@v2", "DPO", "202 rows", "support@v1", "1.25"):
         expect(card).to_contain_text(part)
     # A short reply and no chance, so that answers can be compared.
-    page.locator("#settings button").first.click()
+    visit.open_settings()
     page.locator("#temperature input[type=number]").fill("0")
     page.locator("#max-tokens input[type=number]").fill("24")
     question = "How long does charging take?"

@@ -26,6 +26,7 @@ class Visit:
         self.page.on("request", lambda request: self._check(request.url, url))
         self.page.goto(url)
         self.box.wait_for()
+        self.settle()
 
     def _note(self, kind: str, text: str) -> None:
         if kind in ("error", "warning"):
@@ -46,6 +47,18 @@ class Visit:
     @property
     def notice(self) -> Locator:
         return self.page.get_by_role("alert")
+
+    def settle(self) -> None:
+        """Wait as a person would before typing into what has just appeared.
+
+        Gradio writes a field's first value a moment after the field is visible, over anything typed in between.
+        """
+        self.page.wait_for_timeout(500)
+
+    def open_settings(self) -> None:
+        self.page.locator("#settings button").first.click()
+        self.page.locator("#seed input, #seed textarea").wait_for()
+        self.settle()
 
     def send(self, text: str) -> None:
         self.box.fill(text)
