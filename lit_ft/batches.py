@@ -1,18 +1,23 @@
 """The typed values that travel between the stages: an example, and the packed or padded batch made of examples.
 
 Every algorithm scores completions of a prompt: SFT one, DPO two, a reward model K. So there is one example type and one
-batch type. A *packed* batch is a single row without padding in which the completions of a prompt share one copy of it;
-a *padded* batch has one row per completion. Both say the same of their targets, so that losses need not know which.
+batch type. A *packed* batch is a single row without padding in which whatever prompts have in common is there once: the
+completions of a prompt share it, and so do examples with the same system prompt or the same question. A *padded* batch
+has one row per completion. Both say the same of their targets, so that losses need not know which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Prompts that agree in fewer tokens than this are laid out apart: a piece of its own costs about as much.
+SHARED_FROM = 8
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,17 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Where one example lies in a packed row: its prompt `[start, prompt_end)`, then its completions, end to end."""
+class Piece:
+    """Consecutive tokens of a packed row, and which later ones go on from them.
+
+    Tokens `[start, end)` see each other causally; tokens `[end, until)` see all of them. Pieces stand in the order of
+    their tokens and cover the row; `[start, until)` holds a piece with everything that goes on from it, so that the
+    pieces of a row are a forest in depth-first order.
+    """
 
     start: int
-    prompt_end: int
-    completion_ends: tuple[int, ...]
+    end: int
+    until: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Batch:
     Attributes:
         input_ids, position_ids: `(B, T)` int64. Positions of every completion continue from its prompt.
         attention_mask: `(B, T)` int64, 1 at real tokens; None when packed.
-        segments: the examples of a packed row; None when padded.
+        pieces: what sees what in a packed row; None when padded.
         target_sources: `(N,)` index into the flattened `B·T` hidden states: the position that predicts the target.
         target_ids: `(N,)` the token predicted there.
         target_completion: `(N,)` which of the C completions the target belongs to.
@@ -86,7 +96,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    segments: tuple[Segment, ...] | None
+    pieces: tuple[Piece, ...] | None
     target_sources: Tensor
     target_ids: Tensor
     target_completion: Tensor
@@ -130,30 +140,21 @@ class Window:
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """One row without padding; completions share their prompt."""
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
+    """One row without padding, in which common beginnings of prompts stand once (at least `SHARED_FROM` tokens of them).
+
+    Completions, targets and examples are listed in the order given, wherever in the row they lie.
+    """
+    row = _Row(examples)
     targets = _Targets()
-    for example in examples:
-        start = len(ids)
-        ids.extend(example.prompt)
-        positions.extend(range(len(example.prompt)))
-        prompt_end = len(ids)
-        ends = []
-        for completion in example.completions:
+    for example, places in zip(examples, row.places, strict=True):
+        for completion, (before, start) in zip(example.completions, places, strict=True):
             # The first completion token is predicted by the prompt's last one, the others by the token before them.
-            before = [prompt_end - 1 if example.prompt else -1, *range(len(ids), len(ids) + len(completion.ids) - 1)]
-            targets.add(completion, before)
-            positions.extend(range(len(example.prompt), len(example.prompt) + len(completion.ids)))
-            ids.extend(completion.ids)
-            ends.append(len(ids))
-        segments.append(Segment(start, prompt_end, tuple(ends)))
+            targets.add(completion, [before, *range(start, start + len(completion.ids) - 1)])
     return Batch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
+        input_ids=torch.tensor([row.ids]),
+        position_ids=torch.tensor([row.positions]),
         attention_mask=None,
-        segments=tuple(segments),
+        pieces=tuple(row.pieces),
         **targets.tensors(examples),
     )
 
@@ -177,9 +178,86 @@ def pad(examples: Sequence[Example], pad_id: int, extra: int = 0) -> Batch:
         input_ids=input_ids,
         position_ids=positions,
         attention_mask=mask,
-        segments=None,
+        pieces=None,
         **targets.tensors(examples),
     )
+
+
+class _Row:
+    """A packed row in the making.
+
+    `places` holds, for each example, `(before, start)` per completion: where the token before it and its first token
+    lie in the row; `before` is -1 where there is none.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.pieces: list[Piece] = []
+        self.places: list[list[tuple[int, int]]] = [[] for _ in examples]
+        self._examples = examples
+        self._place(list(range(len(examples))), shared=0)
+
+    def _place(self, members: list[int], shared: int) -> None:
+        """Lay out examples whose prompts agree in their first `shared` tokens, with which the row ends so far."""
+        before = len(self.ids) - 1 if shared else -1
+        groups: dict[Any, list[int]] = {}
+        for k in members:
+            rest = self._examples[k].prompt[shared : shared + SHARED_FROM]
+            groups.setdefault(rest if len(rest) in (0, SHARED_FROM) else k, []).append(k)
+        for beginning, group in groups.items():
+            prompts = [self._examples[k].prompt for k in group]
+            if beginning == ():  # these prompts end here
+                for k in group:
+                    self._completions(k, before, shared)
+            elif len(group) == 1:
+                self._alone(group[0], shared)
+            else:
+                common = _common_length(prompts)
+                with self._followed(prompts[0][shared:common], shared):
+                    self._place(group, common)
+
+    def _alone(self, k: int, shared: int) -> None:
+        """The rest of a prompt and its completions; an only completion makes one piece with it."""
+        example = self._examples[k]
+        rest = example.prompt[shared:]
+        if len(example.completions) == 1:
+            start = self._write(rest + example.completions[0].ids, shared) + len(rest)
+            self.places[k].append((start - 1, start))
+        else:
+            with self._followed(rest, shared):
+                self._completions(k, len(self.ids) - 1, len(example.prompt))
+
+    def _completions(self, k: int, before: int, position: int) -> None:
+        for completion in self._examples[k].completions:
+            self.places[k].append((before, self._write(completion.ids, position)))
+
+    def _write(self, ids: Sequence[int], position: int) -> int:
+        """A piece that nothing goes on from; returns where it starts."""
+        with self._followed(ids, position):
+            return len(self.ids) - len(ids)
+
+    @contextmanager
+    def _followed(self, ids: Sequence[int], position: int) -> Iterator[None]:
+        """A piece; what is written inside the `with` goes on from it."""
+        start, number = len(self.ids), len(self.pieces)
+        self.ids.extend(ids)
+        self.positions.extend(range(position, position + len(ids)))
+        end = len(self.ids)
+        if ids:
+            self.pieces.append(Piece(start, end, end))
+        yield
+        if ids:
+            self.pieces[number] = Piece(start, end, len(self.ids))
+
+
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many first elements all of them agree in."""
+    first, last = min(sequences), max(sequences)  # the two that differ earliest
+    for k, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return k
+    return min(len(first), len(last))
 
 
 class _Targets:

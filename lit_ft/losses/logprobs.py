@@ -1,11 +1,18 @@
-"""Log-probabilities of target tokens, computed in chunks so that no `(N, vocabulary)` tensor is ever whole."""
+"""Log-probabilities of target tokens, and their gradient, without ever holding an `(N, vocabulary)` tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+
+# Targets by vocabulary entries that exist at a time. On a CPU 4 MB, which its cache holds, so that one block is
+# multiplied, exponentiated and multiplied again before it leaves; on a GPU enough to keep it busy.
+BLOCK = {"cpu": (512, 2048), "cuda": (4096, 16_384)}
+PROFILED = "lit_ft: log-probabilities"
 
 
 class TokenScores(NamedTuple):
@@ -22,12 +29,17 @@ def token_scores(
     bias: Tensor | None = None,
     *,
     softcap: float | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
+    tile: int | None = None,
 ) -> TokenScores:
     """Score `targets` under `log_softmax(hidden @ weightᵀ + bias)`.
 
-    Logits exist for `chunk` targets at a time, once in the forward and once more in the backward pass; the forward
-    pass keeps only `logsumexp`. Peak memory is `chunk · V` whatever N is.
+    Logits exist for `chunk` targets and `tile` vocabulary entries at a time. Softmax is taken online over the tiles
+    (Milakov & Gimelshein 2018, arXiv:1805.02867), and with it the mean embedding under it: since
+    `∂ log p_t / ∂ hidden = weight_t − Σ_v p_v · weight_v`, each target's gradient up to the factor that the loss will
+    give it is known when the forward pass ends. So the vocabulary is met once, whatever the loss, as in fused linear
+    cross-entropy but for losses that are not sums of log-probabilities as well. Only where `weight` or `bias` are
+    trained, whose gradients mix the targets, logits are formed again in the backward pass.
 
     Args:
         hidden: `(N, H)` the states that predict the targets.
@@ -35,17 +47,16 @@ def token_scores(
         targets: `(N,)` int64 token ids.
         bias: `(V,)` or None.
         softcap: Gemma 2's `softcap · tanh(logits / softcap)`, or None.
-        chunk: targets per chunk.
+        chunk, tile: the block; None for what suits the device.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden (N, H) and targets (N,), got {tuple(hidden.shape)}, {tuple(targets.shape)}")
-    logprobs, is_top1 = _ChunkedLogProbs.apply(hidden, weight, bias, targets, softcap, chunk)
+    usual = BLOCK.get(hidden.device.type, BLOCK["cuda"])
+    logprobs, is_top1 = _LogProbs.apply(hidden, weight, bias, targets, softcap, chunk or usual[0], tile or usual[1])
     return TokenScores(logprobs, is_top1)
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
-    """d logp_t / d logit_v = [v = t] − softmax(logits)_v, formed chunk by chunk."""
-
+class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -55,61 +66,140 @@ class _ChunkedLogProbs(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         chunk: int,
+        tile: int,
     ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
-        logprobs = hidden.new_empty(n, dtype=torch.float32)
-        lse = torch.empty_like(logprobs)
-        is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
-        for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, bias, softcap)
-            lse[part] = torch.logsumexp(logits, dim=-1)
-            target_logits = logits.gather(-1, targets[part, None]).squeeze(-1)
-            logprobs[part] = target_logits - lse[part]
-            is_top1[part] = target_logits >= logits.amax(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        ctx.softcap, ctx.chunk = softcap, chunk
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        ctx.block = softcap, chunk, tile
+        gradient = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
+        if needs_weight or needs_bias:
+            gradient = None
+        lse = hidden.new_empty(len(hidden), dtype=torch.float32)
+        of_targets = torch.empty_like(lse)
+        is_top1 = torch.empty_like(lse, dtype=torch.bool)
+        with record_function(PROFILED):
+            for rows in _slices(len(hidden), chunk):
+                part = hidden[rows].to(weight.dtype)
+                mean = None if gradient is None else gradient[rows]
+                lse[rows], of_targets[rows], top = _scan(part, weight, bias, targets[rows], softcap, tile, mean)
+                is_top1[rows] = of_targets[rows] >= top
         ctx.mark_non_differentiable(is_top1)
-        return logprobs, is_top1
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.dtype = hidden.dtype
+        return of_targets - lse, is_top1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed in fp32: a bf16 running sum over many chunks would lose the small terms.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = _logits(hidden[part], weight, bias, ctx.softcap)
-            d_logits = torch.exp(logits - lse[part, None]).neg_()
-            d_logits.scatter_add_(-1, targets[part, None], torch.ones_like(lse[part, None]))
-            d_logits *= grad[part, None]
-            if ctx.softcap is not None:
-                d_logits *= 1 - (logits / ctx.softcap).square()
+        if not any(ctx.needs_input_grad[1:3]):
+            (gradient,) = ctx.saved_tensors
+            return (gradient * grad[:, None]).to(ctx.dtype), None, None, None, None, None, None
+        with record_function(PROFILED):
+            return *_backward_through_weight(*ctx.saved_tensors, grad, *ctx.block, ctx.needs_input_grad), *[None] * 4
+
+
+def _scan(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    tile: int,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, the target's logit and the largest logit, each `(n,)`, of a chunk `hidden` `(n, H)`.
+
+    `gradient` `(n, H)` fp32, if given, is filled with the gradient of each target's log-probability.
+    """
+    n = len(hidden)
+    top = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    total = torch.zeros_like(top)
+    of_target = torch.zeros_like(top)
+    if gradient is not None:
+        gradient.zero_()
+    for entries in _slices(len(weight), tile):
+        part = weight[entries]
+        logits = _logits(hidden, part, bias, entries, softcap)
+        inside = (targets >= entries.start) & (targets < entries.stop)
+        here = logits.gather(1, (targets - entries.start).clamp(0, logits.shape[1] - 1)[:, None])
+        of_target = torch.where(inside[:, None], here, of_target)
+        damping = None if softcap is None or gradient is None else 1 - (logits / softcap).square()
+        higher = torch.maximum(top, logits.amax(1, keepdim=True))
+        shrink = torch.exp(top - higher)
+        shares = logits.sub_(higher).exp_()
+        total = total * shrink + shares.sum(1, keepdim=True)
+        if gradient is not None:
+            if damping is not None:
+                shares *= damping
+            gradient.mul_(shrink)
+            if part.dtype == torch.float32:
+                gradient.addmm_(shares, part)
+            else:  # summed over the tiles in fp32: a bf16 running sum would lose the small terms
+                gradient += shares.to(part.dtype) @ part
+        top = higher
+    if gradient is not None:
+        toward = weight[targets].float()
+        if softcap is not None:
+            toward *= 1 - (of_target / softcap).square()
+        gradient.div_(-total).add_(toward)
+    return (top + total.log()).squeeze(1), of_target.squeeze(1), top.squeeze(1)
+
+
+def _backward_through_weight(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    softcap: float | None,
+    chunk: int,
+    tile: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, from `∂ log p_t / ∂ logit_v = [v = t] − softmax(logits)_v`."""
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
+    # Summed in fp32, for the reason above.
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
+    for rows in _slices(len(hidden), chunk):
+        states = hidden[rows].to(weight.dtype)
+        for entries in _slices(len(weight), tile):
+            part = weight[entries]
+            logits = _logits(states, part, bias, entries, softcap)
+            damping = None if softcap is None else 1 - (logits / softcap).square()
+            d_logits = logits.sub_(lse[rows, None]).exp_().neg_()
+            inside = ((targets[rows] >= entries.start) & (targets[rows] < entries.stop))[:, None].float()
+            at = (targets[rows] - entries.start).clamp(0, d_logits.shape[1] - 1)[:, None]
+            d_logits.scatter_add_(1, at, inside)
+            d_logits *= grad[rows, None]
+            if damping is not None:
+                d_logits *= damping
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias[entries] += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             if d_hidden is not None:
-                d_hidden[part] = (d_logits @ weight).to(hidden.dtype)
+                d_hidden[rows] += d_logits @ part
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part].to(weight.dtype)
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if d_weight is not None else None,
-            d_bias.to(bias.dtype) if d_bias is not None else None,
-            None,
-            None,
-            None,
-        )
+                d_weight[entries] += d_logits.T @ states
+    return (
+        d_hidden.to(hidden.dtype) if d_hidden is not None else None,
+        d_weight.to(weight.dtype) if d_weight is not None else None,
+        d_bias.to(bias.dtype) if d_bias is not None and bias is not None else None,
+    )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = (hidden.to(weight.dtype) @ weight.T).float()  # (chunk, V)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: slice, softcap: float | None) -> Tensor:
+    logits = (hidden @ weight.T).float()  # (n, tile)
     if bias is not None:
-        logits += bias.float()
+        logits += bias[entries].float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def sum_by_completion(values: Tensor, completion: Tensor, num_completions: int) -> Tensor:

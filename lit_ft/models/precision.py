@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from lit_ft.errors import UserError
+from lit_ft.machine import matrix_rate
 
 PRECISIONS = ("auto", "bf16-mixed", "32-true")
 
@@ -41,22 +41,10 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision("bf16-mixed", torch.bfloat16, "the GPU computes in bf16")
         return Precision("32-true", torch.float32, "the GPU has no bf16")
-    rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: matrix_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
     fp32, bf16 = rates[torch.float32], rates[torch.bfloat16]
     measured = f"measured {bf16:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32"
     # Mixed precision adds casts; it has to be clearly faster to pay.
     if bf16 > 1.5 * fp32:
         return Precision("bf16-mixed", torch.bfloat16, measured)
     return Precision("32-true", torch.float32, measured)
-
-
-def _matmul_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """GFLOP/s of a product of the size of a small model's layers, the best of a few tries."""
-    a, b = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    a @ b
-    best, stop = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 256 * 576 * 1536 / best / 1e9 if best < float("inf") else 0.0

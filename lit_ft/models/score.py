@@ -11,7 +11,7 @@ from lit_ft.batches import Batch
 from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
 from lit_ft.models.adapt import causal_lm
-from lit_ft.models.attention import PACKED, register_packed_attention, why_not_packable
+from lit_ft.models.attention import PACKED, Plan, register_packed_attention, why_not_packable
 
 
 def use_packed_attention(model: Any) -> str | None:
@@ -28,18 +28,18 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     """`(B·T, H)` last hidden states of the batch, without the vocabulary-wide output layer."""
     lm = causal_lm(model)
     kwargs: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
-    if batch.segments is not None:
+    if batch.pieces is not None:
         if lm.config._attn_implementation != PACKED:
             # Any other attention would let packed examples see each other, silently.
             raise UserError("A packed batch needs packed attention: call use_packed_attention(model), or pad the rows.")
-        kwargs["segments"] = batch.segments
+        kwargs["plan"] = Plan(batch.pieces, batch.input_ids.device)
     else:
         kwargs["attention_mask"] = batch.attention_mask
     out = lm.base_model(input_ids=batch.input_ids, **kwargs).last_hidden_state
     return out.reshape(-1, out.shape[-1])
 
 
-def score(model: Any, batch: Batch, chunk: int = 256) -> TokenScores:
+def score(model: Any, batch: Batch) -> TokenScores:
     """Log-probabilities (N,) of the batch's targets; only the positions that predict one meet the vocabulary."""
     lm = causal_lm(model)
     head = _plain_head(lm)
@@ -48,7 +48,7 @@ def score(model: Any, batch: Batch, chunk: int = 256) -> TokenScores:
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     softcap = getattr(lm.config, "final_logit_softcapping", None)
-    return token_scores(hidden, head.weight, batch.target_ids, head.bias, softcap=softcap, chunk=chunk)
+    return token_scores(hidden, head.weight, batch.target_ids, head.bias, softcap=softcap)
 
 
 def completion_logprobs(model: Any, batch: Batch) -> Tensor:
