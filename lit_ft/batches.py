@@ -140,7 +140,7 @@ class Window:
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """One row without padding, in which common beginnings of prompts stand once (at least `SHARED_FROM` tokens of them).
+    """One row without padding, in which common beginnings of prompts (from `SHARED_FROM` tokens on) stand once.
 
     Completions, targets and examples are listed in the order given, wherever in the row they lie.
     """
@@ -200,7 +200,7 @@ class _Row:
 
     def _place(self, members: list[int], shared: int) -> None:
         """Lay out examples whose prompts agree in their first `shared` tokens, with which the row ends so far."""
-        before = len(self.ids) - 1 if shared else -1
+        before = len(self.ids) - 1
         groups: dict[Any, list[int]] = {}
         for k in members:
             rest = self._examples[k].prompt[shared : shared + SHARED_FROM]
@@ -251,7 +251,7 @@ class _Row:
             self.pieces[number] = Piece(start, end, len(self.ids))
 
 
-def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+def _common_length(sequences: Sequence[tuple[int, ...]]) -> int:
     """How many first elements all of them agree in."""
     first, last = min(sequences), max(sequences)  # the two that differ earliest
     for k, (a, b) in enumerate(zip(first, last, strict=False)):

@@ -22,7 +22,7 @@ _CUDA_SHAPE: Shape = (8192, 8192, 8192)
 
 # A CPU quota is handed out anew every 100 ms: a shorter measurement could be over before the quota ran out.
 _SECONDS_PER_COUNT = 0.11
-_CLOSE = 0.05
+_CLOSE = 0.25
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, shape: Shape | None = None, seconds: float = 0.05) -> float:
@@ -57,6 +57,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, shape: Shape | None = 
     return 2.0 * m * k * n / best
 
 
+def tokens_per_pass(device: torch.device) -> int:
+    """Tokens of one forward pass that use `device` well.
+
+    On a CPU activations of about a thousand tokens stay in its cache from one operation to the next; a GPU wants more
+    at once.
+    """
+    return 16_384 if device.type == "cuda" else 1024
+
+
 @dataclass(frozen=True)
 class Threads:
     """How many threads torch should compute with, and a few words on why, for a run's first lines."""
@@ -70,7 +79,8 @@ def choose_threads(wanted: int | None, device: torch.device) -> Threads:
 
     Measured are torch's own number, the CPUs this process may run on, half of them (two hardware threads share one
     core's arithmetic), and the container's CPU quota; together in about half a second at most. Torch's own number is
-    kept unless another is more than 5% faster. Nothing is set: give `count` to `torch.set_num_threads`.
+    kept unless another is more than a quarter faster: what others do on the machine for a moment should not decide.
+    Nothing is set: give `count` to `torch.set_num_threads`.
 
     Args:
         wanted: the setting trainer.threads; None measures.

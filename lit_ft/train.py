@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import warnings
@@ -24,11 +25,12 @@ from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examp
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
 from lit_ft.errors import UserError
+from lit_ft.machine import Threads, choose_threads, tokens_per_pass
 from lit_ft.models import adapt
 from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
-from lit_ft.models.score import use_packed_attention
+from lit_ft.models.score import attention_backend, use_packed_attention
 from lit_ft.progress import say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
 
@@ -66,21 +68,31 @@ def _train(cfg: Config, run: Path) -> Adapter:
     device = _device(cfg.trainer.accelerator)
     if device.type == "cpu":
         keep_freed_memory()
+    threads = choose_threads(cfg.trainer.threads, device)
+    torch.set_num_threads(threads.count)
     precision = choose_precision(cfg.trainer.precision, device)
+    max_tokens = cfg.data.max_tokens or tokens_per_pass(device)
 
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
     data, val = _examples(cfg, tokenizer)
     model = _model(cfg, start, precision)
-    layout = _layout(cfg, model)
-    _first_lines(cfg, model, start, precision, layout, data, val, tokenizer)
+    layout, why_padded = _layout(cfg, model)
+    if layout == "packed":
+        rows = "packed, attention by " + attention_backend(model, device, precision.trainer == "bf16-mixed")
+    else:
+        rows = f"padded ({why_padded})"
+    rows += f", up to {max_tokens:,} tokens a pass"
+    _first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
 
     base = Base(_base_id(cfg.model.id), "sha256:tiny" if cfg.model.tiny else model_fingerprint(cfg.model.id))
     identity = _identity(cfg, base, data)
     if resumed is not None:
         resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
-        data, val = _with_reference(cfg, model.to(device), data, val, start, base, precision, layout, tokenizer)
+        data, val = _with_reference(
+            cfg, model.to(device), data, val, start, base, precision, layout, max_tokens, tokenizer
+        )
     module = _module(cfg, model)
     module.parent = start.ref if start else None
     module.identity = identity
@@ -88,7 +100,7 @@ def _train(cfg: Config, run: Path) -> Adapter:
         data.examples,
         val.examples if val else None,
         batch_size=cfg.data.batch_size,
-        max_tokens=cfg.data.max_tokens,
+        max_tokens=max_tokens,
         layout=layout,
         pad_id=tokenizer.pad_token_id,
         shuffle=cfg.data.shuffle,
@@ -97,6 +109,10 @@ def _train(cfg: Config, run: Path) -> Adapter:
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
     best, stopper, callbacks = _callbacks(cfg, module, last, validates=val is not None)
+    if cfg.trainer.profile:
+        from lit_ft.callbacks.profile import ProfileSteps
+
+        callbacks.insert(0, ProfileSteps(run))  # first, so that a step ends before others save or stop
     trainer = _trainer(cfg, precision, callbacks, run)
 
     before: list[Any] = []
@@ -110,7 +126,7 @@ def _train(cfg: Config, run: Path) -> Adapter:
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"Out of GPU memory: lower data.max_tokens (now {cfg.data.max_tokens}), which changes no result, set "
+            f"Out of GPU memory: lower data.max_tokens (now {max_tokens}), which changes no result, set "
             f"model.gradient_checkpointing=true, or lower data.max_length. ({str(error).splitlines()[0]})"
         ) from error
     trainer.save_checkpoint(last)  # should publishing fail, a resume from it publishes without training anew
@@ -271,16 +287,16 @@ def _model(cfg: Config, start: Adapter | None, precision: Precision) -> Any:
     )
 
 
-def _layout(cfg: Config, model: Any) -> Layout:
+def _layout(cfg: Config, model: Any) -> tuple[Layout, str]:
+    """How rows are laid out, and why if they are padded."""
     if cfg.data.packing is Packing.off:
-        return "padded"
+        return "padded", "as asked"
     reason = use_packed_attention(model)
     if reason is None:
-        return "packed"
+        return "packed", ""
     if cfg.data.packing is Packing.on:
         raise UserError(f"data.packing=on: this model cannot be packed ({reason}). Use data.packing=auto.")
-    say(f"rows are padded: {reason}")
-    return "padded"
+    return "padded", reason
 
 
 def _base_id(model_id: str) -> str:
@@ -292,7 +308,8 @@ def _first_lines(
     model: Any,
     start: Adapter | None,
     precision: Precision,
-    layout: Layout,
+    threads: Threads,
+    rows: str,
     data: Prepared,
     val: Prepared | None,
     tokenizer: Any,
@@ -305,7 +322,9 @@ def _first_lines(
         lora += f", as {start.ref} has it"
     say(f"model      {cfg.model.id}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}{lora})")
     say(f"start      {f'adapter {start.ref} ({start.card.algorithm})' if start else 'the base model'}")
-    say(f"arithmetic {precision.trainer} ({precision.why}); rows {layout}")
+    say(f"arithmetic {precision.trainer} ({precision.why})")
+    say(f"threads    {threads.count} ({threads.why})")
+    say(f"rows       {rows}")
     say(f"training   {cfg.data.path}: {data.summary()}")
     say(f"held out   {val.summary() if val else 'nothing'}")
     example = data.examples[0]
@@ -325,6 +344,7 @@ def _with_reference(
     base: Base,
     precision: Precision,
     layout: Layout,
+    max_tokens: int,
     tokenizer: Any,
 ) -> tuple[Prepared, Prepared | None]:
     """The examples with the reference's log-probabilities, from the cache where it has them."""
@@ -332,7 +352,7 @@ def _with_reference(
     if use_base and cfg.peft.kind is Peft.full:
         raise UserError("algorithm.reference=base with peft=full: there is no base below the trained weights.")
     # A new adapter changes nothing yet, so its reference is the base.
-    adapter_hash = None if use_base or start is None else start.card.weights_sha256
+    adapter_hash = None if use_base or start is None else _adapter_hash(start)
     kept = cache_folder() / "reference"
 
     def of(split: Prepared) -> Prepared:
@@ -351,7 +371,7 @@ def _with_reference(
                 model,
                 split.examples,
                 disable_adapter=use_base,
-                max_tokens=cfg.data.max_tokens,
+                max_tokens=max_tokens,
                 layout=layout,
                 pad_id=tokenizer.pad_token_id,
                 autocast=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
@@ -365,6 +385,12 @@ def _with_reference(
         return Prepared(attach(split.examples, known), split.sources, split.dropped)
 
     return of(data), of(val) if val else None
+
+
+def _adapter_hash(start: Adapter) -> str:
+    """Of the adapter's weights and of its configuration, whose scaling changes what the weights do."""
+    config = (start.path / "adapter_config.json").read_bytes()
+    return hashlib.sha256(start.card.weights_sha256.encode() + config).hexdigest()
 
 
 def _module(cfg: Config, model: Any) -> Any:

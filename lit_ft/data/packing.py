@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,16 +28,16 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout
             groups[-1].append(example)
         return groups
     groups = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (tokens free, group), sorted: data sets have 10⁵ examples
     for example in longest_first:
-        fitting = [k for k, free in enumerate(room) if free >= example.tokens]
-        if fitting:
-            best = min(fitting, key=lambda k: room[k])
+        place = bisect_left(rooms, (example.tokens, -1))
+        if place < len(rooms):
+            free, best = rooms.pop(place)
             groups[best].append(example)
-            room[best] -= example.tokens
         else:
+            free, best = max_tokens, len(groups)
             groups.append([example])
-            room.append(max_tokens - example.tokens)
+        insort(rooms, (free - example.tokens, best))
     return groups
 
 

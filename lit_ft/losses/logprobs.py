@@ -52,7 +52,10 @@ def token_scores(
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden (N, H) and targets (N,), got {tuple(hidden.shape)}, {tuple(targets.shape)}")
     usual = BLOCK.get(hidden.device.type, BLOCK["cuda"])
-    logprobs, is_top1 = _LogProbs.apply(hidden, weight, bias, targets, softcap, chunk or usual[0], tile or usual[1])
+    block = chunk or usual[0], tile or usual[1]
+    # Asked here: inside an autograd function gradients are always off.
+    wanted = torch.is_grad_enabled()
+    logprobs, is_top1 = _LogProbs.apply(hidden, weight, bias, targets, softcap, *block, wanted)
     return TokenScores(logprobs, is_top1)
 
 
@@ -67,10 +70,11 @@ class _LogProbs(torch.autograd.Function):
         softcap: float | None,
         chunk: int,
         tile: int,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        ctx.block = softcap, chunk, tile
-        gradient = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
+        ctx.softcap, ctx.chunk, ctx.tile = softcap, chunk, tile
+        gradient = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden and wanted else None
         if needs_weight or needs_bias:
             gradient = None
         lse = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -94,9 +98,13 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not any(ctx.needs_input_grad[1:3]):
             (gradient,) = ctx.saved_tensors
-            return (gradient * grad[:, None]).to(ctx.dtype), None, None, None, None, None, None
+            return (gradient * grad[:, None]).to(ctx.dtype), *[None] * 7
         with record_function(PROFILED):
-            return *_backward_through_weight(*ctx.saved_tensors, grad, *ctx.block, ctx.needs_input_grad), *[None] * 4
+            hidden, weight, bias, targets, lse = ctx.saved_tensors
+            d_hidden, d_weight, d_bias = _backward_through_weight(
+                hidden, weight, bias, targets, lse, grad, ctx.softcap, ctx.chunk, ctx.tile, ctx.needs_input_grad
+            )
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def _scan(
@@ -113,7 +121,8 @@ def _scan(
     `gradient` `(n, H)` fp32, if given, is filled with the gradient of each target's log-probability.
     """
     n = len(hidden)
-    top = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    # Not −inf, from which a tile of logits that are all −inf (excluded by their bias) would make NaN.
+    top = hidden.new_full((n, 1), torch.finfo(torch.float32).min, dtype=torch.float32)
     total = torch.zeros_like(top)
     of_target = torch.zeros_like(top)
     if gradient is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lit_ft.errors import UserError
+from lit_ft.models.lora import use_fused_lora
 
 # vLLM's maximum ranks; publishing records a rank above the last as not servable.
 MAX_SERVABLE_RANK = 512
@@ -49,6 +50,7 @@ def apply_lora(
             f"peft.target_modules={target_modules} matches nothing in {type(model).__name__} "
             f"({str(error).splitlines()[0]}). Its linear modules are {', '.join(linear)}."
         ) from error
+    use_fused_lora(adapted)
     return _float32(adapted)
 
 
@@ -71,6 +73,7 @@ def continue_adapter(model: Any, folder: Path, *, dropout: float | None = None) 
             f"The adapter in {folder} does not fit the model ({str(error).splitlines()[0]}). "
             "Choose the model it was trained on, or start_from=none."
         ) from error
+    use_fused_lora(adapted)
     return _float32(adapted)
 
 

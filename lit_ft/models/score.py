@@ -11,7 +11,7 @@ from lit_ft.batches import Batch
 from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
 from lit_ft.models.adapt import causal_lm
-from lit_ft.models.attention import PACKED, Plan, register_packed_attention, why_not_packable
+from lit_ft.models.attention import PACKED, Plan, backend, register_packed_attention, why_not_packable
 
 
 def use_packed_attention(model: Any) -> str | None:
@@ -22,6 +22,13 @@ def use_packed_attention(model: Any) -> str | None:
         register_packed_attention()
         lm.set_attn_implementation(PACKED)
     return reason
+
+
+def attention_backend(model: Any, device: torch.device, mixed: bool) -> str:
+    """In words, what computes the attention of packed rows of `model` on `device`, in bf16 if `mixed`."""
+    config = causal_lm(model).config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return backend(device, torch.bfloat16 if mixed else torch.float32, head_dim)
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

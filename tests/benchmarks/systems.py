@@ -104,7 +104,10 @@ def run_trl(
         }
         if algorithm == "sft":
             # TRL refuses to flatten rows that it would have to cut; these are short enough already.
-            flat = {"flat": {"padding_free": True, "max_length": None}, "packed": {"packing": True, "packing_strategy": "bfd"}}
+            flat = {
+                "flat": {"padding_free": True, "max_length": None},
+                "packed": {"packing": True, "packing_strategy": "bfd"},
+            }
             rows = [
                 {
                     "input_ids": [*e.prompt, *e.completions[0].ids],
@@ -174,24 +177,25 @@ def run_lit_ft(
     class Watch(Callback):
         """Keeps metrics as tensors: reading them would wait for the device at every step."""
 
-        start = 0.0
-        kept: list[tuple[Any, Any]] = []
-        windows: list[Any] = []
+        def __init__(self) -> None:
+            self.start = 0.0
+            self.kept: list[tuple[Any, Any]] = []
+            self.windows: list[Any] = []
 
         def on_train_start(self, *_: Any) -> None:
             synchronize()
-            Watch.start = time.perf_counter()
+            self.start = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, window: Any, index: int) -> None:
             metrics = trainer.callback_metrics
-            Watch.kept.append((metrics["train/loss"], metrics["train/grad_norm"]))
-            Watch.windows.append(window)
+            self.kept.append((metrics["train/loss"], metrics["train/grad_norm"]))
+            self.windows.append(window)
 
         def on_train_end(self, *_: Any) -> None:
             synchronize()
-            run.seconds += time.perf_counter() - Watch.start
+            run.seconds += time.perf_counter() - self.start
 
-    Watch.kept, Watch.windows = [], []
+    watch = Watch()
     if algorithm == "dpo":
         model.to(device)
         synchronize()
@@ -217,7 +221,7 @@ def run_lit_ft(
             devices=1,
             precision="bf16-mixed" if bf16 else "32-true",
             max_epochs=1,
-            callbacks=[Watch()],
+            callbacks=[watch],
             logger=False,
             default_root_dir=folder,
             log_every_n_steps=1,
@@ -227,9 +231,9 @@ def run_lit_ft(
             num_sanity_val_steps=0,
         )
         trainer.fit(module, data)
-    run.losses = [float(loss) for loss, _ in Watch.kept]
-    run.grad_norms = [float(norm) for _, norm in Watch.kept]
-    for window in Watch.windows:
+    run.losses = [float(loss) for loss, _ in watch.kept]
+    run.grad_norms = [float(norm) for _, norm in watch.kept]
+    for window in watch.windows:
         for batch in window.batches:
             run.flops += step_flops(model, batch)
             if algorithm == "dpo":  # the reference pass over the same rows

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Outcome
 
@@ -137,6 +138,19 @@ def test_columns_that_are_no_mapping(refused: Callable[..., str], llama_folder: 
 
 def test_precisions_that_would_hurt(refused: Callable[..., str], llama_folder: Path) -> None:
     assert "bf16-mixed" in refused(f"model.id={llama_folder}", "trainer.precision=bf16-true")
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_too_few_threads(refused: Callable[..., str], llama_folder: Path, count: int) -> None:
+    before = torch.get_num_threads()
+    message = refused(f"model.id={llama_folder}", f"trainer.threads={count}")
+    assert message == f"trainer.threads={count} must be at least 1; null chooses by measuring."
+    assert torch.get_num_threads() == before
+
+
+def test_threads_that_are_no_number(refused: Callable[..., str], llama_folder: Path) -> None:
+    message = refused(f"model.id={llama_folder}", "trainer.threads=all")
+    assert "trainer.threads" in message and "all" in message
 
 
 def test_accumulation_by_lightning(refused: Callable[..., str], llama_folder: Path) -> None:

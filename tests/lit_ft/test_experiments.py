@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_ft import adapter
 from lit_ft.cli import conf_folder
@@ -19,6 +21,17 @@ GROUPS = ("model", "peft", "algorithm", "data", "trainer", "strategy", "logger")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_folder() / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
 TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=2", "trainer.accelerator=cpu")
+
+
+FEW = ("data.max_rows=8", "data.max_val_rows=2", "logger=none", *TINY)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """A run sets torch's number of threads for its whole process; the next test gets the old one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -94,33 +107,87 @@ def test_the_article_goes_on_with_dpo_on_its_three_rows(tmp_path: Path, opt_fold
     assert (card.ref, card.parent, card.algorithm) == ("article@v2", "article@v1", "dpo")
     assert card.data[0].rows == 2, "three rows, one of them held out"
     # Padded rows: FlashAttention is asked for, and absent here.
-    assert "rows padded" in dpo.stderr
+    assert "rows       padded (as asked), up to 1,024 tokens a pass" in dpo.stderr
     # The template that training used travels with the adapter.
     assert "Assistant: " in (tmp_path / "adapters" / "article" / "v2" / "chat_template.jinja").read_text()
 
 
 def test_dpo_says_what_it_starts_from(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
-    few = ("data.max_rows=8", "data.max_val_rows=2", "logger=none", *TINY)
-    alone = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
+    alone = cli("+experiment=dpo", f"model.id={llama_folder}", *FEW)
     assert alone.code == 0 and "start      the base model" in alone.err
-    sft = cli("+experiment=sft", f"model.id={llama_folder}", *few)
+    sft = cli("+experiment=sft", f"model.id={llama_folder}", *FEW)
     assert sft.code == 0 and sft.out == "adapters/support/v2\n"
-    again = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
+    again = cli("+experiment=dpo", f"model.id={llama_folder}", *FEW)
     assert "start      adapter support@v2 (sft)" in again.err
     assert adapter.find(Path("adapters"), "support@v3").card.parent == "support@v2"
-    base = cli("+experiment=dpo", f"model.id={llama_folder}", "start_from=none", *few)
+    base = cli("+experiment=dpo", f"model.id={llama_folder}", "start_from=none", *FEW)
     assert "start      the base model" in base.err
 
 
 def test_reference_logprobs_are_reused_across_runs(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
 ) -> None:
-    few = ("data.max_rows=8", "data.max_val_rows=2", "logger=none", *TINY)
-    first = cli("+experiment=dpo", f"model.id={llama_folder}", *few)
-    second = cli("+experiment=dpo", f"model.id={llama_folder}", "algorithm.beta=0.3", *few)
+    first = cli("+experiment=dpo", f"model.id={llama_folder}", *FEW)
+    second = cli("+experiment=dpo", f"model.id={llama_folder}", "algorithm.beta=0.3", *FEW)
     assert "read from the cache" not in first.err and "8 pairs read from the cache" in second.err
-    other = cli("+experiment=dpo", f"model.id={llama_folder}", "data.chat_template=plain", *few)
+    other = cli("+experiment=dpo", f"model.id={llama_folder}", "data.chat_template=plain", *FEW)
     assert "read from the cache" not in other.err
+
+
+def first_lines(outcome: Outcome) -> dict[str, str]:
+    """What a run says before it trains: `threads    2 (as asked)` and the like."""
+    assert outcome.code == 0, outcome.err
+    before, trained, _ = outcome.err.partition("held out before training")
+    assert trained
+    return {line[:10].rstrip(): line[11:] for line in before.splitlines() if re.match(r"[a-z ]{10} \S", line)}
+
+
+def test_the_first_lines_say_how_and_why(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lines = first_lines(cli(f"model.id={llama_folder}", *FEW))
+    assert lines["threads"] == f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
+    arithmetic = r"(bf16-mixed|32-true) \(measured \d+ GFLOP/s in bf16, \d+ in fp32\)"
+    assert re.fullmatch(arithmetic, lines["arithmetic"])
+    assert re.fullmatch(r"packed, attention by [^,]*(, piece by piece)?, up to 1,024 tokens a pass", lines["rows"])
+
+
+def test_settings_show_in_the_first_lines_and_are_kept(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
+) -> None:
+    """One thread although torch had two; fp32; padded rows of a budget of one's own."""
+    torch.set_num_threads(2)
+    settings = ("trainer.threads=1", "trainer.precision=32-true", "data.packing=off", "data.max_tokens=3000")
+    lines = first_lines(cli(f"model.id={llama_folder}", *settings, *FEW))
+    assert lines["threads"] == "1 (as asked)"
+    assert torch.get_num_threads() == 1
+    assert lines["arithmetic"] == "32-true (as asked)"
+    assert lines["rows"] == "padded (as asked), up to 3,000 tokens a pass"
+    # Nobody asked for a profile.
+    (run,) = Path("runs", "support").iterdir()
+    assert not {"profile.txt", "trace.json"} & {path.name for path in run.iterdir()}
+
+
+def test_a_profile_is_printed_and_left_in_the_runs_folder(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_ft.callbacks import profile
+
+    monkeypatch.setattr(profile, "_CPU_PRODUCT", (64, 64, 64))  # a large product would take half a second
+    # Three steps of 8 rows; the first is not profiled.
+    three_steps = ("data.max_rows=24", "data.batch_size=8", "trainer.max_steps=3")
+    asked = cli(f"model.id={llama_folder}", "trainer.profile=true", *FEW, *three_steps)
+    assert asked.code == 0, asked.err
+    assert asked.out == "adapters/support/v1\n", "the table belongs to standard error"
+    (run,) = Path("runs", "support").iterdir()
+    text = (run / "profile.txt").read_text(encoding="utf-8")
+    assert "Where the time of training steps 2 to 3 went" in text
+    assert all(re.search(rf"^{re.escape(row)} +[\d,.]+ +[\d.]+%$", text, re.MULTILINE) for row in profile.ROWS)
+    assert text in asked.err
+    assert f"Events of these steps: {run.resolve() / 'trace.json'}" in asked.err
+    events = json.loads((run / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert sum(event.get("name") == "lit_ft: step" and event.get("ph") == "X" for event in events) >= 2
 
 
 def test_full_fine_tuning_publishes_a_whole_model(

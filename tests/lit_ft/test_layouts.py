@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
+from lit_ft.data.packing import Layout, lay_out, split_by_tokens
 from lit_ft.losses.logprobs import sum_by_completion
+from lit_ft.models.attention import flash_cpu
 from lit_ft.models.score import completion_logprobs, score, use_packed_attention
 from tests import tiny
 
@@ -39,6 +43,45 @@ def examples() -> list[Example]:
         Example(ids(4, 12), (gap, completion(2, 13)), 4),
         Example((), (completion(5, 14),), 5),
     ]
+
+
+def related() -> list[Example]:
+    """Prompts that begin alike, spread over the row so that those that share something do not stand together.
+
+    A system prompt of 20 in three examples (0, 4, 9), of which one has four completions; identical prompts of 11 (1
+    and 5); a prompt of 9 (7) that is the beginning of one of 17 (2), which is the beginning of one of 27 (6); a prompt
+    of one token (3), and none (8).
+    """
+    system, same = ids(20, 40), ids(11, 41)
+    short = ids(9, 42)
+    longer = short + ids(8, 43)
+    return [
+        Example(system + ids(5, 44), (completion(6, 45),), 0),
+        Example(same, (completion(1, 46),), 1),
+        Example(longer, (completion(3, 47), completion(5, 48, untrained=2)), 2),
+        Example(ids(1, 49), (completion(2, 50), completion(1, 51)), 3),
+        Example(system + ids(1, 52), (completion(4, 53), completion(1, 54), completion(7, 55), completion(2, 56)), 4),
+        Example(same, (completion(4, 57), completion(1, 58)), 5),
+        Example(longer + ids(10, 59), (completion(2, 60),), 6),
+        Example(short, (completion(3, 61),), 7),
+        Example((), (completion(4, 62), completion(3, 63)), 8),
+        Example(system + ids(9, 64), (completion(5, 65), completion(3, 66, untrained=1)), 9),
+    ]
+
+
+# Of the system prompt two copies, of the identical prompts one, of 9 and 17 tokens what three and two begin with.
+SAVED = 2 * 20 + 11 + 2 * 9 + 8
+
+
+def by_example(values: Tensor, rows: Sequence[Example]) -> dict[int, Tensor]:
+    """The completions' values (C,) as those of each example, by its place in the data."""
+    parts = values.split([len(row.completions) for row in rows])
+    return {row.index: part for row, part in zip(rows, parts, strict=True)}
+
+
+def in_data_order(values: Tensor, rows: Sequence[Example]) -> Tensor:
+    parts = by_example(values, rows)
+    return torch.cat([parts[index] for index in sorted(parts)])
 
 
 def models(kind: str) -> tuple[Any, Any]:
@@ -101,10 +144,9 @@ def test_any_order(kind: str) -> None:
     packed, _ = models(kind)
     rows = examples()
     straight = logps_and_gradient(packed, pack(rows))
-    order = [4, 1, 5, 0, 3, 2]
-    turned = logps_and_gradient(packed, pack([rows[k] for k in order]))
-    by_example = dict(zip(order, turned[0].split([len(rows[k].completions) for k in order]), strict=True))
-    assert_same((torch.cat([by_example[k] for k in range(len(rows))]), turned[1]), straight)
+    turned_rows = [rows[k] for k in (4, 1, 5, 0, 3, 2)]
+    turned = logps_and_gradient(packed, pack(turned_rows))
+    assert_same((in_data_order(turned[0], turned_rows), turned[1]), straight)
 
 
 def test_siblings_in_any_order() -> None:
@@ -137,6 +179,191 @@ def test_a_neighbour_changes_nothing(kind: str, layout: str) -> None:
     same = [k for k in range(len(before)) if k not in touched]
     assert torch.equal(before[same], after[same])
     assert (before[sorted(touched)] != after[sorted(touched)]).all()
+
+
+@pytest.fixture(params=["flash kernel", "SDPA"])
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute packed attention on a CPU; the second is for what the first cannot do."""
+    if request.param == "SDPA":
+        monkeypatch.setattr(flash_cpu, "usable", lambda query: False)
+    elif not flash_cpu.usable(torch.empty(1)):
+        pytest.skip("this PyTorch has no flash kernel for CPUs")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_share_beginnings_equal_padded_ones(kind: str, any_backend: str) -> None:
+    packed, padded = models(kind)
+    rows = related()
+    row = pack(rows)
+    assert row.input_ids.shape[1] == sum(one.tokens for one in rows) - SAVED
+    assert_same(logps_and_gradient(packed, row), logps_and_gradient(padded, pad(rows, PAD)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_share_beginnings_in_any_order(kind: str, any_backend: str) -> None:
+    packed, padded = models(kind)
+    rows = related()
+    wanted = logps_and_gradient(padded, pad(rows, PAD))
+    for seed in range(4):
+        turned = random.Random(seed).sample(rows, len(rows))
+        row = pack(turned)
+        assert row.input_ids.shape[1] == sum(one.tokens for one in rows) - SAVED
+        found = logps_and_gradient(packed, row)
+        assert_same((in_data_order(found[0], turned), found[1]), wanted)
+
+
+def test_each_pair_that_shares_equals_each_alone() -> None:
+    """Two by two: what is shared changes neither, whichever stands first."""
+    packed, _ = models("llama")
+    rows = related()
+    with torch.no_grad():
+        alone = [completion_logprobs(packed, pack([row])) for row in rows]
+        for one, other in [(0, 4), (9, 0), (1, 5), (2, 7), (7, 2), (2, 6), (6, 7)]:
+            pair = [rows[one], rows[other]]
+            row = pack(pair)
+            assert row.input_ids.shape[1] < pair[0].tokens + pair[1].tokens
+            torch.testing.assert_close(
+                completion_logprobs(packed, row), torch.cat([alone[one], alone[other]]), rtol=1e-5, atol=1e-5
+            )
+
+
+def another(example: Example, *, prompt_from: int | None = None, completions: Sequence[int] = ()) -> Example:
+    """The same but for other tokens: in the prompt from a place on, and in some of the completions."""
+    prompt, answers = example.prompt, list(example.completions)
+    if prompt_from is not None:
+        prompt = prompt[:prompt_from] + ids(len(prompt) - prompt_from, 80)
+    for k in completions:
+        answers[k] = Completion(ids(len(answers[k].ids), 81 + k), answers[k].mask)
+    return replace(example, prompt=prompt, completions=tuple(answers))
+
+
+# Which example is changed and how; lengths stay, and so does what is shared.
+CHANGES: dict[str, tuple[int, dict[str, Any]]] = {
+    "the only completion behind the system prompt": (0, {"completions": [0]}),
+    "a question behind the system prompt": (0, {"prompt_from": 20}),
+    "a question and its completions behind the system prompt": (9, {"prompt_from": 20, "completions": [0, 1]}),
+    "a question of four completions": (4, {"prompt_from": 20}),
+    "the completion of one of two identical prompts": (1, {"completions": [0]}),
+    "the completions of the other": (5, {"completions": [0, 1]}),
+    "the completion of the shortest of three": (7, {"completions": [0]}),
+    "the completions of the middle one": (2, {"completions": [0, 1]}),
+    "the end of the longest": (6, {"prompt_from": 17}),
+    "an example that shares nothing": (3, {"prompt_from": 0, "completions": [0, 1]}),
+    "an example without a prompt": (8, {"completions": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_neighbour_that_shares_a_beginning_changes_nothing(kind: str, any_backend: str) -> None:
+    """Other tokens behind what is shared: all other examples keep their log-probabilities to the bit."""
+    packed, _ = models(kind)
+    rows = related()
+    with torch.no_grad():
+        before = by_example(completion_logprobs(packed, pack(rows)), rows)
+        for what, (place, change) in CHANGES.items():
+            changed = [another(row, **change) if row.index == place else row for row in rows]
+            assert pack(changed).pieces == pack(rows).pieces, "sums of other lengths may be added up otherwise"
+            after = by_example(completion_logprobs(packed, pack(changed)), changed)
+            for index in before:
+                if index == place:
+                    assert (before[index] != after[index]).all(), what
+                else:
+                    assert torch.equal(before[index], after[index]), (what, index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_four_completions_changes_nothing_else(kind: str, any_backend: str) -> None:
+    packed, _ = models(kind)
+    rows = related()
+    changed = [another(row, completions=[2]) if row.index == 4 else row for row in rows]
+    with torch.no_grad():
+        before, after = (completion_logprobs(packed, pack(group)) for group in (rows, changed))
+    # Completions before those of example 4: 1 + 1 + 2 + 2.
+    assert (before != after).nonzero().flatten().tolist() == [6 + 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [0, 1, 2, 7])
+def test_a_neighbour_that_no_longer_shares_changes_nothing(kind: str, place: int) -> None:
+    """Another prompt altogether: the row is laid out anew, and the others say the same to rounding."""
+    packed, _ = models(kind)
+    rows = related()
+    changed = [another(row, prompt_from=0) if row.index == place else row for row in rows]
+    assert pack(changed).input_ids.shape[1] > pack(rows).input_ids.shape[1]
+    with torch.no_grad():
+        before, after = (by_example(completion_logprobs(packed, pack(group)), rows) for group in (rows, changed))
+    for index in before:
+        if index == place:
+            assert (before[index] != after[index]).all()
+        else:
+            torch.testing.assert_close(before[index], after[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_an_example_above_the_budget_is_a_batch_of_its_own(kind: str, layout: Layout) -> None:
+    """At most 30 tokens a batch: the longest examples have more, and all values are those of one batch."""
+    packed, padded = models(kind)
+    rows = related()
+    wanted = logps_and_gradient(padded, pad(rows, PAD))
+    groups = split_by_tokens(rows, 30, layout)
+    alone = {group[0].index for group in groups if group[0].tokens > 30}
+    assert alone == {0, 4, 9} and all(len(group) == 1 for group in groups if group[0].index in alone)
+    assert any(len(group) > 1 for group in groups)
+    model = packed if layout == "packed" else padded
+    parts = [logps_and_gradient(model, lay_out(group, layout, PAD)) for group in groups]
+    in_turn = [row for group in groups for row in group]
+    logps = in_data_order(torch.cat([logps for logps, _ in parts]), in_turn)
+    assert_same((logps, torch.stack([gradient for _, gradient in parts]).sum(0)), wanted)
+
+
+def drop_attention(model: Any, share: float) -> None:
+    """Set the dropout of attention, wherever the architecture keeps it."""
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout"):  # Llama and Qwen; OPT's attention
+            if "Attention" in type(module).__name__ and isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
+        if isinstance(getattr(module, "attn_dropout", None), torch.nn.Dropout):  # GPT-2
+            module.attn_dropout.p = share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_dropout_keeps_examples_apart(kind: str) -> None:
+    """Its random numbers depend on the row's layout alone: with the same seed, only what is changed changes."""
+    packed, _ = models(kind)
+    drop_attention(packed, 0.5)
+    packed.train()
+    rows = related()
+
+    def logps(group: Sequence[Example], seed: int = 0) -> dict[int, Tensor]:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return by_example(completion_logprobs(packed, pack(group)), group)
+
+    before = logps(rows)
+    for place, change in CHANGES.values():
+        changed = [another(row, **change) if row.index == place else row for row in rows]
+        after = logps(changed)
+        assert [index for index in before if not torch.equal(before[index], after[index])] == [place]
+    # It does drop: in training every draw is another, and in evaluation there is none.
+    assert all((before[index] != other).any() for index, other in logps(rows, seed=1).items())
+    packed.eval()
+    evaluated = logps(rows)
+    assert all(torch.equal(evaluated[index], other) for index, other in logps(rows, seed=1).items())
+
+
+def test_gradients_flow_through_attention_dropout() -> None:
+    """A packed step in training with dropout: finite, and every layer's projections learn."""
+    packed, _ = models("llama")
+    drop_attention(packed, 0.1)
+    packed.train()
+    torch.manual_seed(0)
+    _, gradient = logps_and_gradient(packed, pack(related()))
+    assert gradient.isfinite().all()
+    for layer in packed.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert getattr(layer.self_attn, name).weight.grad.norm() > 0
 
 
 def test_targets_are_the_same_in_both_layouts() -> None:

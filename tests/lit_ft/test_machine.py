@@ -67,8 +67,8 @@ def test_torchs_own_number_stays_where_others_are_hardly_faster(four_cpus: dict[
 
 def test_a_quota_is_rounded_up_and_measured(four_cpus: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
-    four_cpus[3] = 120e9
-    assert choose_threads(None, CPU) == Threads(3, "measured 120 GFLOP/s with 3, 100 with 4, 80 with 2")
+    four_cpus[3] = 140e9
+    assert choose_threads(None, CPU) == Threads(3, "measured 140 GFLOP/s with 3, 100 with 4, 80 with 2")
 
 
 def test_one_cpu_is_not_measured(four_cpus: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +47,10 @@ def packed_attention(
             attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave float32 queries beside bf16 values; autocast itself casts for SDPA only.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not dropout and flash_cpu.usable(query):
         return flash_cpu.attend_flash_cpu(query, key, value, plan, scale=scaling), None
     if not dropout and varlen_cuda.usable(query):
@@ -53,13 +58,14 @@ def packed_attention(
     return attend_by_piece(query, key, value, plan, scale=scaling, dropout=dropout), None
 
 
-def backend(example: Tensor) -> str:
-    """In words, what computes attention for queries like `example` without dropout."""
+def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """In words, what computes packed attention there, without dropout."""
+    example = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     if flash_cpu.usable(example):
-        return "flash attention piece by piece"
+        return "flash kernel, piece by piece"
     if varlen_cuda.usable(example):
-        return "variable-length flash attention"
-    return "SDPA piece by piece"
+        return "variable-length flash kernel"
+    return "SDPA, piece by piece"
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

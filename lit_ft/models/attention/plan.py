@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,6 @@ class Plan:
             torch.cat(keys).to(self.device),
             torch.tensor(queries, dtype=torch.int32, device=self.device),
             torch.tensor(gathered, dtype=torch.int32, device=self.device),
-            max(b - a for a, b in zip(queries, queries[1:], strict=False)),
-            max(b - a for a, b in zip(gathered, gathered[1:], strict=False)),
+            max(b - a for a, b in pairwise(queries)),
+            max(b - a for a, b in pairwise(gathered)),
         )
