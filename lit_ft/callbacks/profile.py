@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_ft.batches import Batch, Window
 from lit_ft.flops import computed_tokens, step_flops
+from lit_ft.losses.logprobs import PROFILED
 from lit_ft.machine import matrix_rate
 from lit_ft.progress import say
 
@@ -36,8 +37,6 @@ BETWEEN = "between steps: data, logging"
 REST = "rest: Python, autograd, waiting"
 ROWS = (MATRIX, ATTENTION, VOCABULARY, ELEMENTWISE, COPIES, MEMORY, OPTIMIZER, BETWEEN, REST)
 
-# The name of the profiler's range around the vocabulary-wide output layer, forward and backward.
-VOCABULARY_RANGE = "lit_ft: log-probabilities"
 _STEP_RANGE = "lit_ft: step"
 
 # Large enough that a product runs at the machine's best; (m, k, n) on a CPU. On a GPU matrix_rate's own is.
@@ -46,11 +45,11 @@ _SLOW = 5e9  # FLOP/s
 
 # What runs inside of these belongs to them, whatever it is.
 _WHOLE = (
-    (VOCABULARY, re.compile(rf"^{re.escape(VOCABULARY_RANGE)}")),
+    (VOCABULARY, re.compile(rf"^{re.escape(PROFILED)}")),
     (OPTIMIZER, re.compile(r"^Optimizer\.")),
     # SDPA in all its forms, flash, variable length, flex, and their backward nodes. Eager attention is made of
     # ordinary operations and counts as these.
-    (ATTENTION, re.compile(r"attention|flash_attn|varlen|fmha|cudnn_sdpa", re.IGNORECASE)),
+    (ATTENTION, re.compile(r"attention|flash|varlen|fmha|cudnn_sdpa", re.IGNORECASE)),
 )
 # What is left is named by its operator, without namespace and the underscore of in-place forms.
 _BY_OPERATOR = (

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 # Targets by vocabulary entries that exist at a time. On a CPU 4 MB, which its cache holds, so that one block is
 # multiplied, exponentiated and multiplied again before it leaves; on a GPU enough to keep it busy.
 BLOCK = {"cpu": (512, 2048), "cuda": (4096, 16_384)}
+# The name under which `trainer.profile` finds this file's work.
 PROFILED = "lit_ft: log-probabilities"
 
 

@@ -17,6 +17,7 @@ Algorithm = Literal["sft", "dpo"]
 
 BATCH: dict[Algorithm, int] = {"sft": 8, "dpo": 4}  # examples per optimizer step
 RANK, ALPHA, BETA = 16, 32, 0.1
+SPREAD = 3e-3  # of B at the start: rewards then differ by about one between the pairs of real data
 RATE: dict[Algorithm, float] = {"sft": 2e-4, "dpo": 5e-6}
 
 
@@ -29,17 +30,16 @@ class Run:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     flops: float = 0.0
-    first_step_s: float = 0.0
 
 
 def set_adapter(model: Any) -> None:
-    """The same adapter for both systems: a random A, and B = 0."""
+    """The same adapter for both systems, and not B = 0: policy and reference would be equal, and agree on anything."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / RANK)
         elif "lora_B" in name:
-            parameter.data.zero_()
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * SPREAD)
 
 
 def run_trl(
@@ -148,9 +148,15 @@ def run_trl(
 
 
 def run_lit_ft(
-    model: Any, algorithm: Algorithm, examples: Sequence[Example], bf16: bool, max_tokens: int, device: torch.device
+    model: Any,
+    algorithm: Algorithm,
+    examples: Sequence[Example],
+    bf16: bool,
+    max_tokens: int,
+    device: torch.device,
+    batch_size: int | None = None,
 ) -> Run:
-    """The same with lit_ft's modules on Lightning's Trainer, as `lit_ft.train` wires them."""
+    """The same with lit_ft's modules on Lightning's Trainer, without checkpoints, logs and held-out rows."""
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
@@ -211,10 +217,10 @@ def run_lit_ft(
         examples = attach(examples, logps)
         synchronize()
         run.seconds += time.perf_counter() - start
-        module: Any = DPOModule(model, beta=BETA, **optimizer)
+        module: Any = DPOModule(model, beta=BETA, reference="base", **optimizer)
     else:
         module = SFTModule(model, **optimizer)
-    data = ExamplesDataModule(examples, batch_size=BATCH[algorithm], max_tokens=max_tokens, shuffle=False)
+    data = ExamplesDataModule(examples, batch_size=batch_size or BATCH[algorithm], max_tokens=max_tokens, shuffle=False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator=device.type if device.type == "cpu" else "gpu",
@@ -233,10 +239,10 @@ def run_lit_ft(
         trainer.fit(module, data)
     run.losses = [float(loss) for loss, _ in watch.kept]
     run.grad_norms = [float(norm) for _, norm in watch.kept]
-    for window in watch.windows:
-        for batch in window.batches:
-            run.flops += step_flops(model, batch)
-            if algorithm == "dpo":  # the reference pass over the same rows
+    for batch in (batch for window in watch.windows for batch in window.batches):
+        run.flops += step_flops(model, batch)
+        if algorithm == "dpo":  # the reference pass, over the same rows without the adapter
+            with model.disable_adapter():
                 run.flops += forward_flops(model, batch)
     return run
 

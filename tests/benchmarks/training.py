@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 # What TRL can do with these rows; the fastest counts. Its packed rows hold other examples together than ours, so
-# its losses cannot be compared step by step.
+# its losses cannot be compared step by step. TRL 1.16 has switched padding_free off in DPO.
 VARIANTS = {"sft": ("padded", "flat", "packed"), "dpo": ("padded",)}
 SAME_BATCHES = ("padded", "flat")
-# Rounding differs with the layout; bf16 keeps 8 bits.
+# Of a loss's or gradient norm's size. Rounding differs with the layout; bf16 keeps 8 bits.
 AGREEMENT = {"32-true": 1e-3, "bf16-mixed": 3e-2}
 
 
@@ -153,6 +153,7 @@ def run(
         "device": options.device,
         "warmup_rows": (0 if options.device == "cpu" else 16) if options.warmup_rows is None else options.warmup_rows,
         "context": 0,
+        "batch_size": None,
         **changes,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -185,9 +186,10 @@ def disagreements(results: Sequence[Result], algorithm: str, tolerance: float) -
         for one in ours[:1]:
             if len(one.losses) != len(other.losses):
                 found.append(f"{algorithm}: {len(one.losses)} steps beside {len(other.losses)} of {other.label}")
-            for k, (a, b) in enumerate(zip(one.losses, other.losses, strict=False)):
-                if not abs(a - b) <= tolerance * max(abs(b), 0.1):
-                    found.append(f"{algorithm}: loss {a:.5f} at step {k + 1}, {b:.5f} in {other.label}")
+            for name in ("losses", "grad_norms"):
+                for k, (a, b) in enumerate(zip(getattr(one, name), getattr(other, name), strict=False)):
+                    if not abs(a - b) <= tolerance * max(abs(b), 0.1):
+                        found.append(f"{algorithm}: {name} {a:.5f} at step {k + 1}, {b:.5f} in {other.label}")
     return found
 
 
@@ -224,10 +226,12 @@ def table(algorithm: str, results: Sequence[Result]) -> str:
 
 
 def scale(options: argparse.Namespace, precision: str) -> dict[str, dict[str, float]]:
-    """lit_ft alone on SFT rows of growing length, 4,096 tokens per step and pass each."""
+    """lit_ft alone on SFT rows of growing length, 4,096 tokens per step and pass each, after one step uncounted."""
     found = {}
     for context in (256, 512, 1024, 2048, 4096):
-        changes = {"context": context, "rows": 16_384 // context, "max_length": 4096, "max_tokens": 4096}
+        batch = 4096 // context
+        changes = {"context": context, "rows": 2 * batch, "batch_size": batch, "warmup_rows": batch}
+        changes |= {"max_length": 4096, "max_tokens": 4096}
         result = run(options, "sft", precision, "lit_ft", "", 0, **changes)
         used = result.flops / result.seconds / result.matrix_rate
         found[str(context)] = {"tokens_per_s": round(result.rate, 1), "roofline": round(used, 3)}

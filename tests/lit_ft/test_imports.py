@@ -30,7 +30,7 @@ ALLOWED = {
     ),
     "lit_ft/reference.py": ("lit_ft.batches", "lit_ft.data.packing", "lit_ft.models", "lit_ft.progress"),
     "lit_ft/modules": ("lit_ft.modules", "lit_ft.models", "lit_ft.losses", "lit_ft.batches", "lit_ft.errors"),
-    "lit_ft/callbacks": ("lit_ft.progress", "lit_ft.batches", "lit_ft.flops", "lit_ft.machine"),
+    "lit_ft/callbacks": ("lit_ft.progress", "lit_ft.batches", "lit_ft.flops", "lit_ft.losses", "lit_ft.machine"),
     "lit_ft/config.py": (),
     "serve": ("serve", "lit_ft.adapter", "lit_ft.errors", "lit_ft.cli", "lit_ft.models.resolve"),
 }

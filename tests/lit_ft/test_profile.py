@@ -24,14 +24,13 @@ from lit_ft.callbacks.profile import (
     REST,
     ROWS,
     VOCABULARY,
-    VOCABULARY_RANGE,
     Event,
     ProfileSteps,
     attribute,
 )
 from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.flops import computed_tokens, step_flops
-from lit_ft.models import score
+from lit_ft.losses.logprobs import PROFILED
 from lit_ft.models.adapt import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import SFTModule
@@ -72,7 +71,7 @@ def test_an_instant_belongs_to_the_innermost_operation() -> None:
 def test_what_runs_inside_a_whole_belongs_to_it() -> None:
     events = [
         Event("lit_ft: step", 1, 0, 100),
-        Event(VOCABULARY_RANGE, 1, 0, 30),
+        Event(PROFILED, 1, 0, 30),
         Event("aten::mm", 1, 5, 25),
         Event("autograd::engine::evaluate_function: ScaledDotProductAttentionBackward0", 1, 40, 60),
         Event("aten::bmm", 1, 42, 52),
@@ -110,7 +109,7 @@ def test_on_a_gpu_kernels_count() -> None:
     events = [
         Event("lit_ft: step", 1, 0, 100),
         Event("aten::mm", 1, 0, 2, (("nvjet_tst", 30.0),)),
-        Event(VOCABULARY_RANGE, 1, 3, 9),
+        Event(PROFILED, 1, 3, 9),
         Event("aten::mm", 1, 4, 5, (("nvjet_tst", 10.0), ("splitKreduce", 1.0))),
         Event("CompiledFunctionBackward", 2, 10, 20, (("triton_poi_fused_add", 4.0), ("cutlass_gemm", 5.0))),
         Event("aten::copy_", 1, 150, 160, (("Memcpy DtoH", 10.0),)),
@@ -168,15 +167,8 @@ class Clocked(SFTModule):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small product instead of a large one, and the vocabulary's range, wherever it is opened otherwise."""
+    """A small product instead of a large one."""
     monkeypatch.setattr(profile, "_CPU_PRODUCT", (64, 64, 64))
-    plain = score.token_scores
-
-    def ranged(*args: Any, **kwargs: Any) -> Any:
-        with torch.profiler.record_function(VOCABULARY_RANGE):
-            return plain(*args, **kwargs)
-
-    monkeypatch.setattr(score, "token_scores", ranged)
 
 
 def run(callback: ProfileSteps, steps: int, *, validate: bool = False, layout: Any = "packed") -> Clocked:

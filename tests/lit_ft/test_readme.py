@@ -83,6 +83,15 @@ def test_serving_command_composes(command: str) -> None:
     assert cfg.port == (8000 if "port=8000" in command else 7860)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m tests.benchmarks")])
+def test_benchmark_command_is_understood(command: str) -> None:
+    """Such a command is run whole, on a tiny model, by tests/benchmarks/test_benchmark.py."""
+    from tests.benchmarks.training import parse
+
+    assert command.startswith("python -m tests.benchmarks.training ")
+    assert parse(shlex.split(command)[3:]).rows > 0
+
+
 def test_every_other_command_exists() -> None:
     others = [c for c in COMMANDS if not c.startswith(("python -m", "source"))]
     scripts = [c for c in others if c.startswith("python ")]
