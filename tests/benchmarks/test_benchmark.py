@@ -45,7 +45,7 @@ def test_other_losses_do_not(losses: list[float]) -> None:
 @pytest.mark.parametrize("norm", [0.0, math.nan])
 def test_a_gradient_that_is_zero_or_no_number_is_wrong(norm: float) -> None:
     found = training.disagreements([result(grad_norms=[1.0, norm]), result("TRL", "padded")], "dpo", 1e-3)
-    assert found == [f"dpo: lit_ft has a gradient of {norm} at step 2"]
+    assert f"dpo: lit_ft has a gradient of {norm} at step 2" in found
 
 
 def test_losses_of_other_batches_are_no_comparison() -> None:
