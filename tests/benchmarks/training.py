@@ -87,9 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16-mixed", "32-true"])
     parser.add_argument("--max-length", type=int, default=1024, help="longer rows are left out")
     parser.add_argument("--max-tokens", type=int, help="lit_ft's tokens per forward pass; default: as in training")
-    parser.add_argument(
-        "--warmup-rows", type=int, help="the shortest rows, trained on before the clock runs; default: 8"
-    )
+    parser.add_argument("--warmup-rows", type=int, help="the shortest rows, trained on before the clock runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS["sft"], help="TRL's settings to try in SFT")
     parser.add_argument("--scale", action="store_true", help="instead: lit_ft alone, rows of 256 to 4,096 tokens")
     options = parser.parse_args(arguments)
@@ -153,7 +151,7 @@ def run(
         "max_length": options.max_length,
         "max_tokens": options.max_tokens or default_max_tokens(options.device),
         "device": options.device,
-        "warmup_rows": 8 if options.warmup_rows is None else options.warmup_rows,
+        "warmup_rows": 4 if options.warmup_rows is None else options.warmup_rows,
         "context": 0,
         "batch_size": None,
         **changes,
