@@ -139,12 +139,14 @@ class Window:
         return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
 
 
-def pack(examples: Sequence[Example]) -> Batch:
+def pack(examples: Sequence[Example], *, across: bool = True) -> Batch:
     """One row without padding, in which common beginnings of prompts (from `SHARED_FROM` tokens on) stand once.
+
+    With `across=False` completions share their prompt, and examples nothing.
 
     Completions, targets and examples are listed in the order given, wherever in the row they lie.
     """
-    row = _Row(examples)
+    row = _Row(examples, across)
     targets = _Targets()
     for example, places in zip(examples, row.places, strict=True):
         for completion, (before, start) in zip(example.completions, places, strict=True):
@@ -190,17 +192,21 @@ class _Row:
     lie in the row; `before` is -1 where there is none.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], across: bool) -> None:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.pieces: list[Piece] = []
         self.places: list[list[tuple[int, int]]] = [[] for _ in examples]
         self._examples = examples
-        self._place(list(range(len(examples))), shared=0)
+        if across:
+            self._place(list(range(len(examples))), shared=0)
+        else:
+            for k in range(len(examples)):
+                self._place([k], shared=0)
 
     def _place(self, members: list[int], shared: int) -> None:
         """Lay out examples whose prompts agree in their first `shared` tokens, with which the row ends so far."""
-        before = len(self.ids) - 1
+        before = len(self.ids) - 1 if shared else -1
         groups: dict[Any, list[int]] = {}
         for k in members:
             rest = self._examples[k].prompt[shared : shared + SHARED_FROM]

@@ -30,7 +30,7 @@ from lit_ft.models import adapt
 from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
-from lit_ft.models.score import attention_backend, use_packed_attention
+from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
 from lit_ft.progress import say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
 
@@ -77,8 +77,8 @@ def _train(cfg: Config, run: Path) -> Adapter:
     set_chat_template(tokenizer, cfg.data.chat_template)
     data, val = _examples(cfg, tokenizer)
     model = _model(cfg, start, precision)
-    layout, why_padded = _layout(cfg, model)
-    if layout == "packed":
+    layout, why_padded = _layout(cfg, model, device)
+    if layout != "padded":
         rows = "packed, attention by " + attention_backend(model, device, precision.trainer == "bf16-mixed")
     else:
         rows = f"padded ({why_padded})"
@@ -287,13 +287,15 @@ def _model(cfg: Config, start: Adapter | None, precision: Precision) -> Any:
     )
 
 
-def _layout(cfg: Config, model: Any) -> tuple[Layout, str]:
+def _layout(cfg: Config, model: Any, device: torch.device) -> tuple[Layout, str]:
     """How rows are laid out, and why if they are padded."""
+    check_scoring(model)
     if cfg.data.packing is Packing.off:
         return "padded", "as asked"
     reason = use_packed_attention(model)
     if reason is None:
-        return "packed", ""
+        # The kernel for CUDA gathers a copy of shared keys for every example that goes on from them.
+        return ("apart" if device.type == "cuda" else "packed"), ""
     if cfg.data.packing is Packing.on:
         raise UserError(f"data.packing=on: this model cannot be packed ({reason}). Use data.packing=auto.")
     return "padded", reason
@@ -364,6 +366,9 @@ def _with_reference(
             tiny=cfg.seed if cfg.model.tiny else None,
             precision=precision.trainer,
             weights=str(precision.weights),
+            model=cfg.model.id if cfg.model.tiny else None,
+            # What computes them may change from one version to the next.
+            versions=_versions(),
         )
         known = read_cached(kept, key)
         if known is None:

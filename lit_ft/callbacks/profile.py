@@ -96,7 +96,7 @@ class Event:
     kernels: tuple[tuple[str, float], ...] = ()
 
 
-Piece = tuple[float, float, str]  # start, end, row
+Span = tuple[float, float, str]  # start, end, row
 
 
 def attribute(
@@ -118,14 +118,14 @@ def attribute(
     for event in events:
         threads[event.thread].append(event)
     totals = dict.fromkeys(ROWS, 0.0)
-    taken: list[Piece] = []
+    taken: list[Span] = []
     for name in sorted(threads, key=lambda name: (name != thread, name)):
-        pieces, kernels = _innermost(threads[name], steps)
+        spans, kernels = _innermost(threads[name], steps)
         if on_gpu:
             for row, duration in kernels:
                 totals[row] += duration
         else:
-            busy = [piece for piece in pieces if piece[2] != REST]
+            busy = [piece for piece in spans if piece[2] != REST]
             fresh = _outside(_inside(busy, steps), taken)
             for start, end, row in fresh:
                 totals[row] += end - start
@@ -161,11 +161,11 @@ def _row_of_kernel(row: str, kernel: str) -> str:
 
 def _innermost(
     events: Iterable[Event], steps: Sequence[tuple[float, float]]
-) -> tuple[list[Piece], list[tuple[str, float]]]:
-    """One thread's time as pieces of the innermost operation, in order; and (row, µs) of kernels launched in steps."""
+) -> tuple[list[Span], list[tuple[str, float]]]:
+    """One thread's time as spans of the innermost operation, in order; and (row, µs) of kernels launched in steps."""
     whole = {row for row, _ in _WHOLE}
     rows: dict[str, str] = {}
-    pieces: list[Piece] = []
+    spans: list[Span] = []
     kernels: list[tuple[str, float]] = []
     stack: list[tuple[float, str]] = []  # (end, row) of the operations around
     now = float("-inf")
@@ -175,7 +175,7 @@ def _innermost(
         while stack:
             end, row = stack[-1]
             if (stop := min(end, moment)) > now:
-                pieces.append((now, stop, row))
+                spans.append((now, stop, row))
                 now = stop
             if end > moment:
                 break
@@ -197,13 +197,13 @@ def _innermost(
         if event.kernels and step < len(steps) and event.start >= steps[step][0]:
             kernels += [(_row_of_kernel(row, kernel), duration) for kernel, duration in event.kernels]
     until(float("inf"))
-    return pieces, kernels
+    return spans, kernels
 
 
-def _inside(pieces: Sequence[Piece], steps: Sequence[tuple[float, float]]) -> list[Piece]:
-    """The parts of `pieces` (in order) that lie in one of `steps` (in order, apart)."""
+def _inside(spans: Sequence[Span], steps: Sequence[tuple[float, float]]) -> list[Span]:
+    """The parts of `spans` (in order) that lie in one of `steps` (in order, apart)."""
     kept, first = [], 0
-    for start, end, row in pieces:
+    for start, end, row in spans:
         while first < len(steps) and steps[first][1] <= start:
             first += 1
         for low, high in steps[first:]:
@@ -213,10 +213,10 @@ def _inside(pieces: Sequence[Piece], steps: Sequence[tuple[float, float]]) -> li
     return kept
 
 
-def _outside(pieces: Sequence[Piece], taken: Sequence[Piece]) -> list[Piece]:
-    """The parts of `pieces` (in order) that lie in none of `taken` (in order, apart)."""
+def _outside(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """The parts of `spans` (in order) that lie in none of `taken` (in order, apart)."""
     kept, first = [], 0
-    for start, end, row in pieces:
+    for start, end, row in spans:
         while first < len(taken) and taken[first][1] <= start:
             first += 1
         k = first

@@ -8,7 +8,8 @@ from typing import Literal
 
 from lit_ft.batches import Batch, Example, pack, pad
 
-Layout = Literal["packed", "padded"]
+# `apart` packs as `packed` does, but examples share nothing with each other: completions share their prompt only.
+Layout = Literal["packed", "apart", "padded"]
 
 
 def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout) -> list[list[Example]]:
@@ -16,7 +17,7 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout
 
     Packed: best fit, longest first. Padded: examples of like length together, counting the padding.
     """
-    longest_first = sorted(examples, key=lambda e: (-(e.tokens if layout == "packed" else e.longest), e.index))
+    longest_first = sorted(examples, key=lambda e: (-(e.longest if layout == "padded" else e.tokens), e.index))
     if layout == "padded":
         groups: list[list[Example]] = []
         rows = width = 0
@@ -54,4 +55,4 @@ def share_by_tokens(examples: Sequence[Example], processes: int) -> list[list[Ex
 
 def lay_out(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
     """One batch of `examples` in the given layout."""
-    return pack(examples) if layout == "packed" else pad(examples, pad_id)
+    return pad(examples, pad_id) if layout == "padded" else pack(examples, across=layout == "packed")

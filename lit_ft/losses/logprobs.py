@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 # Targets by vocabulary entries that exist at a time. On a CPU 4 MB, which its cache holds, so that one block is
@@ -81,7 +82,7 @@ class _LogProbs(torch.autograd.Function):
         lse = hidden.new_empty(len(hidden), dtype=torch.float32)
         of_targets = torch.empty_like(lse)
         is_top1 = torch.empty_like(lse, dtype=torch.bool)
-        with record_function(PROFILED):
+        with record_function(PROFILED), torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(len(hidden), chunk):
                 part = hidden[rows].to(weight.dtype)
                 mean = None if gradient is None else gradient[rows]
@@ -96,11 +97,12 @@ class _LogProbs(torch.autograd.Function):
         return of_targets - lse, is_top1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not any(ctx.needs_input_grad[1:3]):
             (gradient,) = ctx.saved_tensors
             return (gradient * grad[:, None]).to(ctx.dtype), *[None] * 7
-        with record_function(PROFILED):
+        with record_function(PROFILED), torch.autocast(grad.device.type, enabled=False):
             hidden, weight, bias, targets, lse = ctx.saved_tensors
             d_hidden, d_weight, d_bias = _backward_through_weight(
                 hidden, weight, bias, targets, lse, grad, ctx.softcap, ctx.chunk, ctx.tile, ctx.needs_input_grad

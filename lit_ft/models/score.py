@@ -12,16 +12,31 @@ from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.attention import PACKED, Plan, backend, register_packed_attention, why_not_packable
+from lit_ft.models.trial import why_wrong
 
 
 def use_packed_attention(model: Any) -> str | None:
     """Switch `model` to packed attention and return None, or return why it cannot be packed (it is left as it was)."""
     lm = causal_lm(model)
-    reason = why_not_packable(lm)
+    reason = why_not_packable(lm) or why_wrong(lm, _logprobs, packed=_pack_attention)
     if reason is None:
-        register_packed_attention()
-        lm.set_attn_implementation(PACKED)
+        _pack_attention(lm)
     return reason
+
+
+def check_scoring(model: Any) -> None:
+    """Raise UserError if even padded rows of this architecture are not scored rightly."""
+    lm = causal_lm(model)
+    if reason := why_wrong(lm, _logprobs):
+        raise UserError(
+            f"{type(lm).__name__} cannot be trained here: {reason}. It makes its logits in a way that lit_ft does not "
+            "know; another model of the same size will do."
+        )
+
+
+def _pack_attention(lm: Any) -> None:
+    register_packed_attention()
+    lm.set_attn_implementation(PACKED)
 
 
 def attention_backend(model: Any, device: torch.device, mixed: bool) -> str:
@@ -52,10 +67,16 @@ def score(model: Any, batch: Batch) -> TokenScores:
     head = _plain_head(lm)
     hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
     hidden = hidden * _logit_scale(lm.config)
+    weight = head.weight
     if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)  # once, and not block by block
     softcap = getattr(lm.config, "final_logit_softcapping", None)
-    return token_scores(hidden, head.weight, batch.target_ids, head.bias, softcap=softcap)
+    return token_scores(hidden, weight, batch.target_ids, head.bias, softcap=softcap)
+
+
+def _logprobs(model: Any, batch: Batch) -> Tensor:
+    return score(model, batch).logprobs
 
 
 def completion_logprobs(model: Any, batch: Batch) -> Tensor:

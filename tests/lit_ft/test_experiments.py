@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -132,6 +133,60 @@ def test_reference_logprobs_are_reused_across_runs(
     assert "read from the cache" not in first.err and "8 pairs read from the cache" in second.err
     other = cli("+experiment=dpo", f"model.id={llama_folder}", "data.chat_template=plain", *FEW)
     assert "read from the cache" not in other.err
+
+
+def test_a_warm_cache_gives_the_losses_of_a_cold_one(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
+) -> None:
+    """To the bit, step by step and held out."""
+    logged = []
+    for name in ("cold", "warm"):
+        done = cli("+experiment=dpo", f"model.id={llama_folder}", f"name={name}", *FEW[:2], *TINY)
+        assert ("read from the cache" in done.err) == (name == "warm"), done.err
+        (metrics,) = Path("runs", name).rglob("metrics.csv")
+        logged.append([row for row in csv.DictReader(metrics.open()) if row.pop("epoch") is not None])
+    assert any(row["train/loss"] for row in logged[0]) and any(row["eval/loss"] for row in logged[0])
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.path=examples:article_preferences",
+        "data.chat_template=plain",
+        "start_from=none",
+        "algorithm.reference=base",
+        "trainer.precision=bf16-mixed",
+    ],
+)
+def test_whatever_a_reference_depends_on_makes_it_anew(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, change: str
+) -> None:
+    """Data, template, the adapter that training starts from, which reference, and the arithmetic."""
+    model = f"model.id={llama_folder}"
+    assert cli("+experiment=sft", model, "peft.r=4", *FEW).code == 0
+    usual = ("+experiment=dpo", model, "trainer.precision=32-true", "name=other", *FEW)
+    sft = "start_from=support@v1"
+    assert "read from the cache" not in cli(*usual, sft).err
+    assert "8 pairs read from the cache" in cli(*usual, sft).err
+    key = change.partition("=")[0]
+    kept = [argument for argument in (*usual, sft) if argument.partition("=")[0] != key]
+    changed = cli(*kept, change)
+    assert changed.code == 0 and "read from the cache" not in changed.err, changed.err
+
+
+def test_an_adapter_scaled_otherwise_is_another_reference(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
+) -> None:
+    """The same weights with another lora_alpha do not say the same."""
+    model = f"model.id={llama_folder}"
+    assert cli("+experiment=sft", model, *FEW).code == 0
+    dpo = ("+experiment=dpo", model, "name=other", "start_from=support@v1", *FEW)
+    assert "read from the cache" not in cli(*dpo).err
+    config = Path("adapters/support/v1/adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 64'))
+    assert "read from the cache" not in cli(*dpo).err
+    assert "read from the cache" in cli(*dpo).err
 
 
 def first_lines(outcome: Outcome) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lit_ft.models.attention.by_piece import repeat_heads
 from lit_ft.models.attention.plan import Plan
@@ -40,7 +41,10 @@ class _FlashOverPieces(torch.autograd.Function):
         heads = query.shape[1]
         k, v = repeat_heads(key, heads), repeat_heads(value, heads)
         # As transformers wants it afterwards: (1, T, heads, D) in memory.
-        out = query.new_empty(1, query.shape[2], heads, query.shape[3]).transpose(1, 2)
+        # Merged in fp32: each level of a forest would round anew.
+        merged = any(piece.until > piece.end for piece in plan.pieces)
+        kept = torch.float32 if merged else query.dtype
+        out = query.new_empty(1, query.shape[2], heads, query.shape[3], dtype=kept).transpose(1, 2)
         lse = query.new_empty(1, heads, query.shape[2], dtype=torch.float32)
         for piece in plan.pieces:
             own = slice(piece.start, piece.end)
@@ -51,14 +55,16 @@ class _FlashOverPieces(torch.autograd.Function):
                 o, one = _attend(query[:, :, rest], k[:, :, own], v[:, :, own], False, scale)
                 both = torch.logaddexp(lse[:, :, rest], one)
                 part = out[:, :, rest]
-                part.mul_((lse[:, :, rest] - both).exp_()[..., None].to(part.dtype))
-                part.add_(o.mul_((one - both).exp_()[..., None].to(o.dtype)))
+                part.mul_((lse[:, :, rest] - both).exp_()[..., None])
+                part.add_(o * (one - both).exp_()[..., None])
                 lse[:, :, rest] = both
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         heads = query.shape[1]

@@ -18,6 +18,9 @@ from lit_ft.models.attention.plan import Plan
 
 PACKED = "lit_ft_packed"
 
+# What models may ask of their attention by keyword and the ways here do not do.
+NOT_DONE = ("softcap", "s_aux", "sliding_window", "position_bias", "indices", "block_indices", "block_mask")
+
 
 def packed_attention(
     module: nn.Module,
@@ -29,7 +32,7 @@ def packed_attention(
     plan: Plan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention in which each token sees its own piece up to itself, and all that the piece goes on from.
 
@@ -39,6 +42,9 @@ def packed_attention(
 
     Returns:
         `(1, T, heads, D)` as transformers expects, and None for the weights.
+
+    Raises:
+        ValueError: the model asks for something of its attention that is not done here.
     """
     dropout = dropout if module.training else 0.0
     if plan is None:
@@ -47,13 +53,18 @@ def packed_attention(
             attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
+    asked = sorted(name for name in NOT_DONE if others.get(name) is not None)
+    if asked or attention_mask is not None:
+        raise ValueError(f"packed attention knows no {', '.join(asked) or 'mask of the model'}")
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave float32 queries beside bf16 values; autocast itself casts for SDPA only.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not dropout and flash_cpu.usable(query):
+    # The fast kernels want one width for all three (DeepSeek's values have another).
+    plain = not dropout and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if plain and flash_cpu.usable(query):
         return flash_cpu.attend_flash_cpu(query, key, value, plan, scale=scaling), None
-    if not dropout and varlen_cuda.usable(query):
+    if plain and varlen_cuda.usable(query):
         return varlen_cuda.attend_varlen(query, key, value, plan, scale=scaling), None
     return attend_by_piece(query, key, value, plan, scale=scaling, dropout=dropout), None
 
