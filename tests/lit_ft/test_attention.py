@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_ft.batches import Piece
@@ -548,3 +549,33 @@ def test_backend_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_cuda, "usable", lambda query: query.shape[-1] == 64)
     assert backend(CPU, torch.float32, 64) == "variable-length flash kernel"
     assert backend(CPU, torch.float32, 32) == "SDPA, piece by piece"
+
+
+@pytest.mark.parametrize("asked", ["softcap", "s_aux", "sliding_window", "position_bias"])
+def test_what_is_not_done_here_is_refused(asked: str) -> None:
+    """Gemma's softcap, GPT-OSS's sinks and the like would be left out silently."""
+    plan = Plan((Piece(0, 4, 4),), torch.device("cpu"))
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    module = torch.nn.Module()
+    with pytest.raises(ValueError, match=f"knows no {asked}"):
+        packed_attention(module, query, key, value, None, plan=plan, **{asked: torch.ones(2)})
+    out, _ = packed_attention(module, query, key, value, None, plan=plan, **{asked: None})
+    assert out.shape == (1, 4, 2, 8)
+
+
+def test_a_mask_of_the_model_is_refused_in_a_packed_row() -> None:
+    plan = Plan((Piece(0, 4, 4),), torch.device("cpu"))
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    with pytest.raises(ValueError, match="knows no mask of the model"):
+        packed_attention(torch.nn.Module(), query, key, value, torch.ones(1, 1, 4, 4), plan=plan)
+
+
+def test_values_of_another_width() -> None:
+    """DeepSeek's values are narrower than its queries; the fast kernels want one width."""
+    plan = Plan((Piece(0, 3, 7), Piece(3, 5, 5), Piece(5, 7, 7)), torch.device("cpu"))
+    query, key, value = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 7, 16), torch.randn(1, 2, 7, 8)
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, plan=plan)
+    # Zeros beside the values add zeros beside the output and change nothing else.
+    wide, _ = packed_attention(torch.nn.Module(), query, key, F.pad(value, (0, 8)), None, plan=plan)
+    torch.testing.assert_close(out, wide[..., :8])
+    assert not wide[..., 8:].any()
