@@ -212,13 +212,13 @@ class _Row:
             rest = self._examples[k].prompt[shared : shared + SHARED_FROM]
             groups.setdefault(rest if len(rest) in (0, SHARED_FROM) else k, []).append(k)
         for beginning, group in groups.items():
-            prompts = [self._examples[k].prompt for k in group]
             if beginning == ():  # these prompts end here
                 for k in group:
                     self._completions(k, before, shared)
             elif len(group) == 1:
                 self._alone(group[0], shared)
             else:
+                prompts = [self._examples[k].prompt for k in group]
                 common = _common_length(prompts)
                 with self._followed(prompts[0][shared:common], shared):
                     self._place(group, common)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,27 +33,17 @@ def why_wrong(model: Any, score: Score, *, packed: Callable[[Any], Any] | None =
         score: log-probabilities of a batch's targets under a model.
         packed: switches a model to packed attention; None tries padded rows.
     """
-    key = type(model), model.config.to_json_string(use_diff=False), packed is not None
-    return _why_wrong(_Key(key, model), score, packed)
+    key = type(model), model.config.to_json_string(use_diff=False), score, packed
+    if key not in _tried:
+        _tried[key] = _try(_twin(model), score, packed)
+    return _tried[key]
 
 
-class _Key:
-    """A model, equal to others of the same architecture and configuration."""
-
-    def __init__(self, key: Any, model: Any) -> None:
-        self.key, self.model = key, model
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+# What was found, by architecture and configuration.
+_tried: dict[Any, str | None] = {}
 
 
-@cache
-def _why_wrong(of: _Key, score: Score, packed: Callable[[Any], Any] | None) -> str | None:
-    twin = _twin(of.model)
-    of.model = None  # kept in the cache as a key only
+def _try(twin: Any | None, score: Score, packed: Callable[[Any], Any] | None) -> str | None:
     if twin is None:  # padded rows are as transformers has them; packed ones are ours to answer for
         return None if packed is None else "no small twin of it could be made to try"
     rows, changed = _examples(twin.config.vocab_size)

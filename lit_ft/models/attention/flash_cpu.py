@@ -40,10 +40,10 @@ class _FlashOverPieces(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
         heads = query.shape[1]
         k, v = repeat_heads(key, heads), repeat_heads(value, heads)
-        # As transformers wants it afterwards: (1, T, heads, D) in memory.
         # Merged in fp32: each level of a forest would round anew.
         merged = any(piece.until > piece.end for piece in plan.pieces)
         kept = torch.float32 if merged else query.dtype
+        # As transformers wants it afterwards: (1, T, heads, D) in memory.
         out = query.new_empty(1, query.shape[2], heads, query.shape[3], dtype=kept).transpose(1, 2)
         lse = query.new_empty(1, heads, query.shape[2], dtype=torch.float32)
         for piece in plan.pieces:
