@@ -128,11 +128,14 @@ class Window:
         batches: the micro-batches of this process, none above the token budget.
         targets, examples: totals of the whole window over all processes; losses are divided by one of them, so that
             neither accumulation nor the number of devices changes the result.
+        fillers: how many of the last batches are there only because other processes have more: sharded models run in
+            step. They count for nothing.
     """
 
     batches: tuple[Batch, ...]
     targets: int
     examples: int
+    fillers: int = 0
 
     def to(self, device: torch.device | str) -> Window:
         """The same window on `device` (Lightning calls this)."""

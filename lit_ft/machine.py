@@ -74,7 +74,7 @@ class Threads:
     why: str
 
 
-def choose_threads(wanted: int | None, device: torch.device) -> Threads:
+def choose_threads(wanted: int | None, device: torch.device, processes: int = 1) -> Threads:
     """As many threads as wanted, as the environment says, or as train fastest here.
 
     Measured are torch's own number, the CPUs this process may run on, half of them (two hardware threads share one
@@ -85,6 +85,7 @@ def choose_threads(wanted: int | None, device: torch.device) -> Threads:
     Args:
         wanted: the setting trainer.threads; None measures.
         device: what the model trains on; on a GPU nothing is measured.
+        processes: of this run on this machine; several divide its CPUs, and nothing is measured.
 
     Raises:
         UserError: fewer than one thread is wanted.
@@ -98,6 +99,9 @@ def choose_threads(wanted: int | None, device: torch.device) -> Threads:
         return Threads(own, "OMP_NUM_THREADS")
     if device.type == "cuda":
         return Threads(own, "the GPU computes")
+    if processes > 1:
+        cpus = min(_usable_cpus(), cpu_quota() or math.inf)
+        return Threads(max(1, int(cpus // processes)), f"{processes} processes share {cpus:g} CPUs")
     counts = _candidates(own, _usable_cpus(), cpu_quota())
     if len(counts) == 1:
         return Threads(own, "the only choice")

@@ -1,4 +1,7 @@
-"""Progress on standard error: a bar where a person watches, a line every few seconds where a file does."""
+"""Progress on standard error: a bar where a person watches, a line every few seconds where a file does.
+
+Of several processes only the first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
+
+from lit_ft.distributed import rank
 
 T = TypeVar("T")
 _QUIET_SECONDS = 2.0
@@ -52,7 +57,7 @@ class Progress:
         now = time.monotonic()
         if always or now - self._start >= _QUIET_SECONDS:
             self._write(self._line(now, note))
-            if self._watched:
+            if self._watched and not rank():
                 sys.stderr.write("\n")
                 sys.stderr.flush()
                 self._width = 0
@@ -65,6 +70,8 @@ class Progress:
         return " · ".join(part for part in parts if part)
 
     def _write(self, line: str) -> None:
+        if rank():
+            return
         if self._watched:
             sys.stderr.write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -89,4 +96,5 @@ def clock(seconds: float) -> str:
 
 def say(text: Any = "") -> None:
     """A line for the person who runs the command, on standard error."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    if not rank():
+        print(text, file=sys.stderr, flush=True)  # noqa: T201

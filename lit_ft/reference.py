@@ -16,6 +16,7 @@ import torch
 
 from lit_ft.batches import Example
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
+from lit_ft.distributed import gathered
 from lit_ft.models.adapt import is_adapted
 from lit_ft.models.score import completion_logprobs
 from lit_ft.progress import Progress
@@ -39,32 +40,44 @@ def reference_logprobs(
     layout: Layout,
     pad_id: int = 0,
     autocast: torch.dtype | None = None,
+    device: torch.device | None = None,
+    rank: int = 0,
+    processes: int = 1,
 ) -> list[tuple[float, ...]]:
     """Summed log-probabilities of every completion, in the examples' order, under `model` as it is now.
+
+    The batches are the same for any number of processes, which divide them and tell each other what they found.
 
     Args:
         disable_adapter: score with the adapters switched off (`reference: base`).
         max_tokens, layout, pad_id: how examples are put into batches.
         autocast: dtype of mixed precision, or None.
+        device: where the model computes; None: where its weights are.
+        rank, processes: this process among those that divide the examples.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     was_training = model.training
     model.eval()
     off = model.disable_adapter() if disable_adapter and is_adapted(model) else contextlib.nullcontext()
     mixed = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
-    found: list[tuple[float, ...]] = [()] * len(examples)
     numbered = [replace(example, index=k) for k, example in enumerate(examples)]
+    groups = split_by_tokens(numbered, max_tokens, layout)
+    # A sharded model runs in step on all processes: each takes equally many groups, the last ones perhaps twice.
+    mine = [groups[min(k + rank, len(groups) - 1)] for k in range(0, len(groups), processes)]
+    found: dict[int, tuple[float, ...]] = {}
     progress = Progress("reference log-probabilities", len(examples))
     with off, mixed:
-        for group in split_by_tokens(numbered, max_tokens, layout):
+        for group in mine:
             logps = completion_logprobs(model, lay_out(group, layout, pad_id).to(device)).tolist()
             for example in group:
                 count = len(example.completions)
                 found[example.index], logps = tuple(logps[:count]), logps[count:]
-            progress.advance(len(group))
+            progress.advance(len(group) * processes)
     progress.close()
     model.train(was_training)
-    return found
+    if processes > 1:
+        found = {key: value for part in gathered(found) for key, value in part.items()}
+    return [found[k] for k in range(len(examples))]
 
 
 def attach(examples: Sequence[Example], logprobs: Sequence[tuple[float, ...]]) -> list[Example]:

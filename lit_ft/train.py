@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,60 +22,126 @@ from lit_ft import adapter as folder
 from lit_ft.adapter import Adapter, Base, Draft
 from lit_ft.allocator import keep_freed_memory
 from lit_ft.callbacks.interrupt import FinishStepOnSignal, Interrupted, stopping_on_signals
-from lit_ft.checkpoint import Resumed, find_checkpoint
-from lit_ft.config import Algorithm, Config, Packing, Peft
+from lit_ft.checkpoint import Resumed, SafeCheckpointIO, find_checkpoint
+from lit_ft.checkpoint import before as checkpoint_before
+from lit_ft.checks import SHARDED, check_settings
+from lit_ft.config import Algorithm, Config, FloatFormat, Packing, Peft, Strategy
 from lit_ft.data.chat import ChatEncoder, set_chat_template, show
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
+from lit_ft.distributed import Ranks, agree, first_process_first, join, leave, lost_another, rank, started_by_others
 from lit_ft.errors import UserError
+from lit_ft.launch import LOST_ANOTHER, end_with_launcher, launched_by_us, run_processes
 from lit_ft.machine import Threads, choose_threads, tokens_per_pass
 from lit_ft.models import adapt
 from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
-from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
+from lit_ft.models.score import attention_backend, check_scoring, score_gathered, use_packed_attention
+from lit_ft.models.shard import bytes_held, shard
 from lit_ft.progress import say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
+from lit_ft.sweep import RESULT, write_result
+
+# Seconds that the others wait with a mistake, for the first process to say it: they are stopped as soon as one ends.
+_FIRST_SPEAKS = 5
 
 
 def train(cfg: Config) -> Adapter:
     """Run the configured training and return the adapter it published.
 
+    On several devices this process starts one for each, unless torchrun or Slurm did, and watches over them.
+
     Raises:
         UserError: a mistake in the configuration, the data or the machine's state.
-        SystemExit: the run was interrupted (130 for Ctrl-C, 143 for SIGTERM); nothing is published.
+        SystemExit: the run was interrupted (130 for Ctrl-C, 143 for SIGTERM) or lost a process, and nothing is
+            published; or this is one of several processes, of which one reports.
     """
     _quiet()
     run = _run_folder()
+    devices = check_settings(cfg)
+    if devices > 1 and not started_by_others():
+        return _in_processes(cfg, devices, run)
+    end_with_launcher()
     try:
         with stopping_on_signals():
-            return _train(cfg, run)
+            adapter = _train(cfg, run, devices)
     except Interrupted as stop:
         say("Stopped; nothing was published.")
         if stop.checkpoint is not None:
             say(f"Go on with the same command and resume={stop.checkpoint} (or resume=last).")
         raise SystemExit(stop.exit_code) from None
+    except UserError:
+        if rank() and launched_by_us():
+            time.sleep(_FIRST_SPEAKS)
+        raise
+    except Exception as error:
+        if lost_another(error):
+            raise SystemExit(LOST_ANOTHER) from None
+        raise
     finally:
+        leave()
         if not (run / "checkpoints").exists():
-            shutil.rmtree(run, ignore_errors=True)  # it ended before it began
+            shutil.rmtree(run, ignore_errors=True)  # it ended before it began, or is not the first of several
+    if rank() or launched_by_us():
+        raise SystemExit(0)  # whoever started them reports
+    return adapter
 
 
-def _train(cfg: Config, run: Path) -> Adapter:
+def _in_processes(cfg: Config, devices: int, run: Path) -> Adapter:
+    """Repeat this command once per device and return what they published."""
+    try:
+        run_processes(devices, _same_command(run), run / "processes")
+        return folder.read(Path(json.loads((run / RESULT).read_text(encoding="utf-8"))["path"]))
+    finally:
+        shutil.rmtree(run / "processes", ignore_errors=True)
+        if not (run / "checkpoints").exists():
+            shutil.rmtree(run, ignore_errors=True)
+        elif (last := run / "checkpoints" / "last.ckpt").exists():
+            say(f"Go on with the same command and resume={last} (or resume=last).")
+
+
+def _same_command(run: Path) -> list[str]:
+    """The command line of this run, of a single one even inside a sweep, with its folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    given = HydraConfig.get().overrides
+    of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra/launcher", "hydra.launcher", "hydra.run.dir")
+    ours = [override for override in given.hydra if not override.lstrip("+~").startswith(of_sweeps)]
+    flags = [f"--config-dir={path}" for path in _config_dirs()]
+    # Absolute and quoted: a folder's name may hold what Hydra would read as its own signs.
+    return [sys.executable, "-m", "lit_ft", *flags, *given.task, *ours, f"hydra.run.dir='{run.resolve()}'"]
+
+
+def _config_dirs() -> list[str]:
+    """Folders given with --config-dir."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
+
+
+def _train(cfg: Config, run: Path, devices: int) -> Adapter:
     import lightning as L
 
+    device = _device(cfg.trainer.accelerator)
+    ranks = join(device.type, devices, cfg.trainer.num_nodes)
+    run = agree(lambda: run)
     L.seed_everything(cfg.seed, verbose=False)
     folder.check_name(cfg.name)
     adapters = Path(cfg.adapters)
-    resumed = find_checkpoint(cfg.resume, Path(cfg.runs, cfg.name), cfg.algorithm.kind.value)
-    start = _start(cfg, adapters, resumed)
-    device = _device(cfg.trainer.accelerator)
-    if device.type == "cpu":
+    resumed = agree(lambda: find_checkpoint(cfg.resume, Path(cfg.runs, cfg.name), cfg.algorithm.kind.value))
+    start = agree(lambda: _start(cfg, adapters, resumed))
+    if device.type == "cuda":
+        device = torch.device("cuda", ranks.local_rank)
+    else:
         keep_freed_memory()
-    threads = choose_threads(cfg.trainer.threads, device)
+    threads = choose_threads(cfg.trainer.threads, device, ranks.local_size)
     torch.set_num_threads(threads.count)
-    precision = choose_precision(cfg.trainer.precision, device)
+    precision = agree(lambda: choose_precision(cfg.trainer.precision, device))
     max_tokens = cfg.data.max_tokens or tokens_per_pass(device)
+    with first_process_first():  # it fills the caches
+        base_hash = "sha256:tiny" if cfg.model.tiny else model_fingerprint(cfg.model.id)
 
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
@@ -83,16 +153,35 @@ def _train(cfg: Config, run: Path) -> Adapter:
     else:
         rows = f"padded ({why_padded})"
     rows += f", up to {max_tokens:,} tokens a pass"
+    mesh = _mesh(cfg, device, ranks)
+    replica, replicas = (mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()) if mesh else ranks[:2]
     _first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
+    if mesh is not None:
+        _shard(cfg, model, mesh)
+    if ranks.size > 1:
+        say(_devices_line(cfg, model, ranks))
+        # Not the same random numbers everywhere; but those who share a model's tensors must drop the same ones.
+        torch.manual_seed(1_000_003 * cfg.seed + replica)
 
-    base = Base(_base_id(cfg.model.id), "sha256:tiny" if cfg.model.tiny else model_fingerprint(cfg.model.id))
+    base = Base(_base_id(cfg.model.id), base_hash)
     identity = _identity(cfg, base, data)
     if resumed is not None:
         resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
-        data, val = _with_reference(
-            cfg, model.to(device), data, val, start, base, precision, layout, max_tokens, tokenizer
+        if mesh is None:
+            model.to(device)
+        make = partial(
+            reference_logprobs,
+            model,
+            max_tokens=max_tokens,
+            layout=layout,
+            pad_id=tokenizer.pad_token_id,
+            autocast=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
+            device=device,
+            rank=replica,
+            processes=replicas,
         )
+        data, val = _with_reference(cfg, make, data, val, start, base, precision)
     module = _module(cfg, model)
     module.parent = start.ref if start else None
     module.identity = identity
@@ -109,18 +198,18 @@ def _train(cfg: Config, run: Path) -> Adapter:
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
     best, stopper, callbacks = _callbacks(cfg, module, last, validates=val is not None)
-    if cfg.trainer.profile:
+    if cfg.trainer.profile and ranks.rank == 0:
         from lit_ft.callbacks.profile import ProfileSteps
 
         callbacks.insert(0, ProfileSteps(run))  # first, so that a step ends before others save or stop
-    trainer = _trainer(cfg, precision, callbacks, run)
+    trainer = _trainer(cfg, precision, callbacks, run, devices, ranks)
 
     before: list[Any] = []
-    if val and cfg.trainer.validate_first:
-        before = [resumed.before] if resumed else trainer.validate(module, datamodule, verbose=False)
-        module.before = dict(before[0])
-        say("held out before training: " + _metric_line(before[0]))
     try:
+        if val and cfg.trainer.validate_first:
+            before = [resumed.before] if resumed else trainer.validate(module, datamodule, verbose=False)
+            module.before = dict(before[0])
+            say("held out before training: " + _metric_line(before[0]))
         trainer.fit(
             module, datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True if resumed else None
         )
@@ -149,21 +238,54 @@ def _train(cfg: Config, run: Path) -> Adapter:
         servable=reason is None,
         not_servable_reason=reason,
     )
-    published: Adapter | None = None
-    if trainer.is_global_zero:
-        published = folder.publish(adapters, draft, _writer(cfg, module.model, tokenizer))
-        last.unlink(missing_ok=True)  # there is nothing left to resume
-    trainer.strategy.barrier()
-    if published is None:
-        raise SystemExit(0)  # only the first process publishes and prints
+    write = _writer(cfg, module.model, tokenizer, adapt.trained_state(module.model))
+    published = agree(lambda: folder.publish(adapters, draft, write))
+    if ranks.rank == 0:
+        for path in (last, checkpoint_before(last)):
+            path.unlink(missing_ok=True)  # there is nothing left to resume
+        write_result(run, published)
     say(f"published {published.ref}: " + _metric_line(metrics))
     return published
+
+
+def _mesh(cfg: Config, device: torch.device, ranks: Ranks) -> Any:
+    """The devices in two dimensions, for a strategy that shards; else None."""
+    if cfg.strategy.kind not in SHARDED:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    parts = cfg.strategy.tensor_parallel_size
+    names = ("data_parallel", "tensor_parallel")
+    return init_device_mesh(device.type, (ranks.size // parts, parts), mesh_dim_names=names)
+
+
+def _shard(cfg: Config, model: Any, mesh: Any) -> None:
+    formats = {None: None, FloatFormat.bf16: torch.bfloat16, FloatFormat.fp32: torch.float32}
+    shard(
+        model,
+        mesh,
+        score_gathered,
+        cpu_offload=cfg.strategy.cpu_offload,
+        reshard_after_forward=cfg.strategy.reshard_after_forward,
+        param_dtype=formats[cfg.strategy.param_dtype],
+        reduce_dtype=formats[cfg.strategy.reduce_dtype],
+    )
+
+
+def _devices_line(cfg: Config, model: Any, ranks: Ranks) -> str:
+    held, whole = bytes_held(model)
+    kind = "ddp" if cfg.strategy.kind is Strategy.auto else cfg.strategy.kind.value
+    return (
+        f"devices    {ranks.size} processes, {kind}: each holds {held / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights"
+    )
 
 
 def _quiet() -> None:
     """Leave out messages that the reader can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # That gathering over two dimensions of devices takes two exchanges.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     ours = (
         r".*does not have many workers.*",
         r".*Checkpoint directory .* exists and is not empty.*",
@@ -175,6 +297,7 @@ def _quiet() -> None:
         r".*Using ModelCheckpoint with manual optimization.*",
         r".*Total length of `list` across ranks is zero.*",
         r".*GPU available but not used.*",
+        r".*`broadcast_buffers` is deprecated.*",  # its successor came with PyTorch 2.13
     )
     for message in ours:
         warnings.filterwarnings("ignore", message=message)
@@ -339,17 +462,14 @@ def _first_lines(
 
 def _with_reference(
     cfg: Config,
-    model: Any,
+    make: Callable[..., list[tuple[float, ...]]],
     data: Prepared,
     val: Prepared | None,
     start: Adapter | None,
     base: Base,
     precision: Precision,
-    layout: Layout,
-    max_tokens: int,
-    tokenizer: Any,
 ) -> tuple[Prepared, Prepared | None]:
-    """The examples with the reference's log-probabilities, from the cache where it has them."""
+    """The examples with the reference's log-probabilities, from the cache where it has them, else from `make`."""
     use_base = cfg.algorithm.reference.value == "base"  # type: ignore[attr-defined]
     if use_base and cfg.peft.kind is Peft.full:
         raise UserError("algorithm.reference=base with peft=full: there is no base below the trained weights.")
@@ -370,21 +490,14 @@ def _with_reference(
             # What computes them may change from one version to the next.
             versions=_versions(),
         )
-        known = read_cached(kept, key)
+        known = agree(lambda: read_cached(kept, key))
         if known is None:
-            known = reference_logprobs(
-                model,
-                split.examples,
-                disable_adapter=use_base,
-                max_tokens=max_tokens,
-                layout=layout,
-                pad_id=tokenizer.pad_token_id,
-                autocast=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
-            )
-            try:
-                write_cached(kept, key, known)
-            except OSError as error:  # a cache saves time; without it the run goes on
-                say(f"reference  log-probabilities could not be kept in {kept}: {error.strerror or error}")
+            known = make(split.examples, disable_adapter=use_base)
+            if not rank():
+                try:
+                    write_cached(kept, key, known)
+                except OSError as error:  # a cache saves time; without it the run goes on
+                    say(f"reference  log-probabilities could not be kept in {kept}: {error.strerror or error}")
         else:
             say(f"reference  log-probabilities of {len(known)} pairs read from the cache")
         return Prepared(attach(split.examples, known), split.sources, split.dropped)
@@ -457,7 +570,19 @@ def _callbacks(cfg: Config, module: Any, last: Path, *, validates: bool) -> tupl
     return best, stopper, callbacks
 
 
-def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path) -> Any:
+def _strategy(cfg: Config, ranks: Ranks) -> Any:
+    from lit_ft.strategy import ShardedStrategy, ddp
+
+    wanted, extra = cfg.strategy, _mapping("strategy.extra", cfg.strategy.extra)
+    if wanted.kind in SHARDED:
+        parts = wanted.tensor_parallel_size
+        return ShardedStrategy(ranks.size // parts, parts, cpu_offload=wanted.cpu_offload, **extra)
+    if wanted.kind is Strategy.ddp or ranks.size > 1:
+        return ddp(**extra)
+    return "auto"
+
+
+def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path, devices: int, ranks: Ranks) -> Any:
     import lightning as L
     from hydra.utils import instantiate
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -472,13 +597,14 @@ def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path)
         if key in extra:
             raise UserError(f"trainer.extra.{key} has no effect here, where steps are taken by hand: use {ours}.")
     try:
-        strategy = third_party(cfg.strategy)
+        strategy = _strategy(cfg, ranks)
         loggers = third_party(cfg.logger)
         return L.Trainer(
             accelerator=t.accelerator,
-            devices=t.devices,
+            devices=devices if t.devices in ("auto", -1, "-1") else t.devices,
             num_nodes=t.num_nodes,
-            strategy=strategy[0] if strategy else "auto",
+            strategy=strategy,
+            plugins=[SafeCheckpointIO()],
             precision=precision.trainer,
             max_epochs=t.max_epochs if t.max_steps < 0 else -1,
             max_steps=t.max_steps,
@@ -506,8 +632,15 @@ def _best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict
         final = {k: float(v) for k, v in trainer.validate(module, datamodule, verbose=False)[0].items()}
         if score is None or final[module.monitor] < float(score):
             return {**final, "step": float(trainer.global_step)}
+    if not Path(best.best_model_path).is_file():  # it could not be written: the disk was full
+        say("The best weights could not be kept while training: the last ones are published.")
+        return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")} | {
+            "step": float(trainer.global_step)
+        }
     kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(kept["state_dict"])
+    from lit_ft.strategy import load_trained
+
+    load_trained(module, kept["state_dict"])
     return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}
 
 
@@ -526,11 +659,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _writer(cfg: Config, model: Any, tokenizer: Any) -> Callable[[Path], None]:
+def _writer(cfg: Config, model: Any, tokenizer: Any, state: dict[str, Any] | None) -> Callable[[Path], None]:
     resolved = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
 
     def write(target: Path) -> None:
-        adapt.save_trained(model, target)
+        adapt.save_trained(model, target, state)
         tokenizer.save_pretrained(str(target))
         (target / "config.yaml").write_text(resolved, encoding="utf-8")
 

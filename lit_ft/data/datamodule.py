@@ -247,7 +247,8 @@ class ExamplesDataModule(L.LightningDataModule):
         return self._loader(self.val, False) if self.val else []
 
     def _loader(self, examples: Sequence[Example], shuffle: bool) -> WindowLoader:
-        trainer = self.trainer
+        # Processes that share a model's tensors see the same examples: they count as one.
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
         return WindowLoader(
             examples,
             batch_size=self.batch_size,
@@ -256,6 +257,6 @@ class ExamplesDataModule(L.LightningDataModule):
             pad_id=self.pad_id,
             shuffle=shuffle,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            processes=trainer.world_size if trainer else 1,
+            rank=ranks["rank"] if ranks else 0,
+            processes=ranks["num_replicas"] if ranks else 1,
         )

@@ -17,6 +17,9 @@ from lit_ft.data.packing import Layout, lay_out, share_by_tokens, split_by_token
 class WindowLoader:
     """Yields one `Window` per optimizer step; every example comes once per epoch over all processes.
 
+    The windows are the same for any number of processes, which divide each by tokens, and all processes have equally
+    many batches in each: who would have fewer gets fillers.
+
     Args:
         examples: the data set.
         batch_size: examples per optimizer step, over all processes: what the optimizer sees.
@@ -40,10 +43,8 @@ class WindowLoader:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        if len(examples) < processes:
-            raise ValueError(f"{len(examples)} examples cannot be shared by {processes} processes")
         self.examples = examples
-        self.batch_size = max(batch_size, processes)
+        self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.layout: Layout = layout
         self.pad_id = pad_id
@@ -71,18 +72,19 @@ class WindowLoader:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
-        windows = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
-        if len(windows) > 1 and len(windows[-1]) < self.processes:
-            windows[-2:] = [windows[-2] + windows[-1]]  # every process needs at least one example
-        return windows
+        return [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
 
     def _window(self, examples: list[Example]) -> Window:
-        mine = share_by_tokens(examples, self.processes)[self.rank]
-        groups = split_by_tokens(mine, self.max_tokens, self.layout)
+        shares = share_by_tokens(examples, self.processes)
+        groups = [split_by_tokens(share, self.max_tokens, self.layout) for share in shares]
+        fillers = max(map(len, groups)) - len(groups[self.rank])
+        cheapest = min(examples, key=lambda example: example.tokens)
+        batches = [lay_out(group, self.layout, self.pad_id) for group in groups[self.rank]]
         return Window(
-            batches=tuple(lay_out(group, self.layout, self.pad_id) for group in groups),
+            batches=(*batches, *[lay_out([cheapest], self.layout, self.pad_id)] * fillers),
             targets=sum(example.targets for example in examples),
             examples=len(examples),
+            fillers=fillers,
         )
 
     def state_dict(self) -> dict[str, Any]:

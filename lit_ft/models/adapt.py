@@ -21,7 +21,7 @@ def apply_lora(
     *,
     r: int = 16,
     alpha: int = 32,
-    dropout: float = 0.05,
+    dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
 ) -> Any:
@@ -121,8 +121,31 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def save_trained(model: Any, folder: Path) -> None:
-    """Write what PEFT, vLLM and the Hub expect of an adapter, or a whole model after full fine-tuning."""
+def trained_state(model: Any) -> dict[str, torch.Tensor] | None:
+    """The whole trained weights of a sharded model, in main memory of the first process; None if nothing is sharded.
+
+    All processes must call this together.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapted(model))
+    return get_model_state_dict(model, options=options)
+
+
+def save_trained(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what PEFT, vLLM and the Hub expect of an adapter, or a whole model after full fine-tuning.
+
+    Args:
+        model: the trained model.
+        folder: where to write.
+        state: what `trained_state` gave, for a sharded model.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if is_adapted(model):
         for config in model.peft_config.values():
             config.inference_mode = True
@@ -130,10 +153,18 @@ def save_trained(model: Any, folder: Path) -> None:
             if (base := config.base_model_name_or_path) and Path(base).is_absolute():
                 config.base_model_name_or_path = Path(base).name
         # save_embedding_layers: "auto" may ask the Hub whether the vocabulary grew; ours never does.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
-    else:
+    elif state is None:
         model.to(torch.bfloat16).save_pretrained(str(folder))
+    else:
+        # An unsharded twin without weights of its own takes them, so that tied ones are written once.
+        with torch.device("meta"):
+            twin = type(model)(model.config)
+        halves = {name: value.to(torch.bfloat16) for name, value in state.items()}
+        twin.load_state_dict(halves, assign=True, strict=False)
+        twin.tie_weights()
+        twin.to(torch.bfloat16).save_pretrained(str(folder))
 
 
 def why_not_servable(model: Any) -> str | None:

@@ -65,6 +65,21 @@ def load_model(
         logging.enable_progress_bar()
 
 
+def load_config(model_id: str, tiny: bool = False) -> Any:
+    """The model's config alone, which costs no weights.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(model_id))
+    except (OSError, ValueError) as error:
+        raise unreachable(model_id, error) from error
+    return shrink(config) if tiny else config
+
+
 def shrink(config: Any) -> Any:
     """`config` with two layers of width 64: same architecture, same vocabulary."""
     heads = 4

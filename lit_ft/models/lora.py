@@ -67,6 +67,8 @@ def _plain_parts(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, 
     kind = type(base)
     if kind not in (nn.Linear, Conv1D) or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
         return None
+    if hasattr(base.weight, "placements") or hasattr(b.weight, "placements"):  # split over devices: a DTensor
+        return None
     weight = base.weight.T if kind is Conv1D else base.weight
     mixed = torch.is_autocast_enabled(x.device.type)
     if not mixed and a.weight.dtype != weight.dtype:  # PEFT then adds in the adapter's finer format

@@ -25,14 +25,24 @@ class Precision:
     why: str
 
 
+def check_precision(wanted: str) -> None:
+    """Raise UserError for a precision that is not offered."""
+    if wanted in PRECISIONS:
+        return
+    why = "it would round the trained weights themselves" if wanted.endswith("-true") else "it is not supported"
+    nearest = "bf16-mixed" if "16" in wanted else "auto"
+    raise UserError(
+        f"trainer.precision={wanted}: {why}. Use trainer.precision={nearest} (there are {', '.join(PRECISIONS)})."
+    )
+
+
 def choose_precision(wanted: str, device: torch.device) -> Precision:
     """`bf16-mixed` or `32-true` as wanted, or for `auto` bf16 where this device multiplies it faster than fp32.
 
     Raises:
         UserError: any other precision; `bf16-true` and `16-true` would cast the trained weights down.
     """
-    if wanted not in PRECISIONS:
-        raise UserError(f"trainer.precision={wanted} is not supported: use one of {', '.join(PRECISIONS)}.")
+    check_precision(wanted)
     if wanted == "32-true":
         return Precision("32-true", torch.float32, "as asked")
     if wanted == "bf16-mixed":

@@ -12,6 +12,7 @@ from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.attention import PACKED, Plan, backend, register_packed_attention, why_not_packable
+from lit_ft.models.shard import is_sharded
 from lit_ft.models.trial import why_wrong
 
 
@@ -63,6 +64,13 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 def score(model: Any, batch: Batch) -> TokenScores:
     """Log-probabilities (N,) of the batch's targets; only the positions that predict one meet the vocabulary."""
+    if is_sharded(model):
+        return causal_lm(model).score_sharded(batch)  # FSDP gathers the weights and runs `score_gathered`
+    return score_gathered(model, batch)
+
+
+def score_gathered(model: Any, batch: Batch) -> TokenScores:
+    """`score` of a model whose weights are all on this device."""
     lm = causal_lm(model)
     head = _plain_head(lm)
     hidden = hidden_states(model, batch).index_select(0, batch.target_sources)

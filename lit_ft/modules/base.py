@@ -13,7 +13,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Window
+from lit_ft.distributed import gathered
 from lit_ft.errors import UserError
+from lit_ft.models.score import score_gathered
+from lit_ft.models.shard import clip_grad_norm, is_sharded, shard, synchronising
 
 Sums = dict[str, tuple[Tensor, int]]
 
@@ -79,7 +82,8 @@ class FineTuneModule(L.LightningModule, ABC):
         self.identity: dict[str, str] = {}
         self.before: dict[str, float] = {}
         self.validated_at = -1
-        self._eval: dict[str, list[float]] = {}
+        self._eval: Sums = {}
+        self._eval_total = 0
         self._rng: dict[str, Any] | None = None
 
     @abstractmethod
@@ -87,10 +91,15 @@ class FineTuneModule(L.LightningModule, ABC):
         """Loss and metrics of one batch; the loss is a sum over the batch divided by `total`."""
 
     def configure_model(self) -> None:
-        """Build the model if that is still to be done; Lightning may call this more than once."""
+        """Build the model, and shard it under `ModelParallelStrategy`, if that is still to be done.
+
+        Lightning may call this more than once.
+        """
         if self.model is None:
             assert self._build is not None
             self.model = self._build()
+        if self._device_mesh is not None and not is_sharded(self.model):
+            shard(self.model, self._device_mesh, score_gathered)
         # from_pretrained leaves eval mode, and Lightning does not change it: checkpointing would be silently off.
         self.model.train()
 
@@ -99,62 +108,65 @@ class FineTuneModule(L.LightningModule, ABC):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         total = getattr(window, self.normalised_by)
+        replicas = self._replicas()
         sums: Sums = {}
         for number, batch in enumerate(window.batches):
-            # DDP averages gradients over processes, but `total` already counts all of them.
-            with self._sync(last=number == len(window.batches) - 1):
+            counted = number < len(window.batches) - window.fillers
+            last = number == len(window.batches) - 1
+            with synchronising(self.model, self.trainer.strategy.model, last=last):
                 step = self.step(batch, total)
-                self.manual_backward(step.loss * self.trainer.world_size)
-            _add(sums, step.sums)
-            _add(sums, {"loss": (step.loss.detach(), 0)})
-            self.num_tokens += batch.tokens
+                # Strategies average gradients over processes, but `total` already counts all of them.
+                self.manual_backward(step.loss * (replicas if counted else 0))
+            _add(sums, {**step.sums, "loss": (step.loss, 0), "tokens": (torch.tensor(float(batch.tokens)), 0)}, counted)
+        sums = self._over_processes(sums)
         norm = self._clip()
         scheduler: Any = self.lr_schedulers()
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
+        self.num_tokens += int(sums.pop("tokens")[0])
         values = {key: (value / count if count else value) for key, (value, count) in sums.items()}
         values |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": float(self.num_tokens)}
-        self.log_dict({f"train/{key}": value for key, value in values.items()})
+        self.log_dict({f"train/{key}": float(value) for key, value in values.items()})
 
-    def _sync(self, last: bool) -> Any:
-        """Exchange gradients only with the window's last batch, where the strategy can wait."""
-        import contextlib
+    def _replicas(self) -> int:
+        """How many processes share the examples; those that share a model's tensors count as one."""
+        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)
 
-        strategy = self.trainer.strategy
-        control = getattr(strategy, "_backward_sync_control", None)
-        if last or control is None or self.trainer.world_size == 1:
-            return contextlib.nullcontext()
-        return control.no_backward_sync(strategy.model, True)
+    def _over_processes(self, sums: Sums) -> Sums:
+        """`sums` over all processes, in one exchange."""
+        if self.trainer.world_size == 1:
+            return sums
+        mine = torch.stack([value.detach().double().to(self.device) for value, _ in sums.values()])
+        counts = torch.tensor([count for _, count in sums.values()], dtype=mine.dtype, device=self.device)
+        both = self.trainer.strategy.reduce(torch.stack([mine, counts]), reduce_op="sum")
+        both = both * self._replicas() / self.trainer.world_size  # once for all that see the same examples
+        counted = both[1].round().long().tolist()
+        return {key: (value, count) for key, value, count in zip(sums, both[0], counted, strict=True)}
 
     def _clip(self) -> Tensor:
-        trained = [p for p in self.parameters() if p.grad is not None]
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(trained, limit)
+        return clip_grad_norm(self.parameters(), self.max_grad_norm if self.max_grad_norm > 0 else float("inf"))
 
     def on_validation_epoch_start(self) -> None:
-        self._eval = {}
+        self._eval, self._eval_total = {}, 0
 
     def validation_step(self, window: Window, _: int) -> None:
         """Add the window's metrics to the epoch's; the loss is a mean over all targets or examples."""
-        total = getattr(window, self.normalised_by)
-        for batch in window.batches:
+        for number, batch in enumerate(window.batches):
             step = self.step(batch, 1)
-            for key, (value, count) in {**step.sums, "loss": (step.loss, 0)}.items():
-                held = self._eval.setdefault(key, [0.0, 0.0])
-                held[0] += float(value)
-                held[1] += count
-        # The window's total counts all processes: it is added once, by the first.
-        if self.trainer.is_global_zero:
-            self._eval["loss"][1] += total
+            counted = number < len(window.batches) - window.fillers
+            found: Sums = {**step.sums, "loss": (step.loss, 0)}
+            # A held-out set is long: its sums are kept in double precision.
+            exact = {key: (torch.tensor(float(value), dtype=torch.float64), n) for key, (value, n) in found.items()}
+            _add(self._eval, exact, counted)
+        self._eval_total += getattr(window, self.normalised_by)
 
     def on_validation_epoch_end(self) -> None:
         """Log `eval/NAME`: exact means over the whole held-out set and all processes."""
-        held = torch.tensor(list(self._eval.values()), device=self.device, dtype=torch.float64)
-        held = self.trainer.strategy.reduce(held, reduce_op="sum")
-        means = (held[:, 0] / held[:, 1]).tolist()
-        self.log_dict({f"eval/{key}": value for key, value in zip(self._eval, means, strict=True)})
+        sums = self._over_processes(self._eval)
+        sums["loss"] = (sums["loss"][0], self._eval_total)  # the total counts all processes already
+        self.log_dict({f"eval/{key}": float(value) / count for key, (value, count) in sums.items()})
         self.validated_at = self.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -188,6 +200,12 @@ class FineTuneModule(L.LightningModule, ABC):
         Raises:
             UserError: the checkpoint holds other weights than this model trains.
         """
+        if not is_sharded(self.model):  # PyTorch adds the frozen ones before it comes here, and ours were compared
+            self.check_state_dict(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise UserError if `state_dict` holds other weights, or of other shapes, than this model trains."""
         trained = {(name, p.shape) for name, p in self.named_parameters() if p.requires_grad}
         given = {(name, value.shape) for name, value in state_dict.items()}
         if trained != given:
@@ -198,16 +216,15 @@ class FineTuneModule(L.LightningModule, ABC):
                 f"{len(extra)} are unknown here (for example {name} of shape {tuple(shape)}). Resume with the "
                 "model, peft and start_from that it was made with."
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, so that dropout goes on as it would have."""
+        """Keep the random state of every process, so that dropout goes on as it would have."""
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         held_out = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("eval/")}
         checkpoint["lit_ft"] = {
-            "rng": rng,
+            "rng": gathered(rng),
             "num_tokens": self.num_tokens,
             "parent": self.parent,
             "identity": self.identity,
@@ -218,7 +235,11 @@ class FineTuneModule(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lit_ft", {})
         self.num_tokens = own.get("num_tokens", 0)
-        self._rng = own.get("rng")
+        states = own.get("rng", [])
+        if len(states) == self.trainer.world_size:
+            self._rng = states[self.trainer.global_rank]
+        else:  # another number of processes: there is no state to go on with, but there is a step to begin anew from
+            torch.manual_seed(1_000_003 * int(checkpoint.get("global_step", 0)) + self.trainer.global_rank)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Restore the random state just before the first step after a resume: what ran since must not count."""
@@ -229,7 +250,8 @@ class FineTuneModule(L.LightningModule, ABC):
             self._rng = None
 
 
-def _add(into: Sums, sums: Sums) -> None:
+def _add(into: Sums, sums: Sums, counted: bool = True) -> None:
+    """Add `sums` to `into`; those that do not count leave their keys there, so that all processes have the same."""
     for key, (value, count) in sums.items():
         held, held_count = into.get(key, (torch.zeros_like(value), 0))
-        into[key] = (held + value.detach(), held_count + count)
+        into[key] = (held + value.detach(), held_count + count) if counted else (held, held_count)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_ft import adapter
 from lit_ft.models import adapt
@@ -58,7 +59,7 @@ def test_the_best_score_outlives_an_interruption(
     from lit_ft.modules.base import FineTuneModule
 
     def worse_each_time(self: FineTuneModule, *_: object) -> None:
-        self._eval["loss"] = [float(self.global_step), 1.0]
+        self._eval, self._eval_total = {"loss": (torch.tensor(float(self.global_step)), 0)}, 1
 
     monkeypatch.setattr(FineTuneModule, "validation_step", worse_each_time)
     interrupted(7)  # in the fourth of six epochs

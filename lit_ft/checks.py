@@ -1,0 +1,115 @@
+"""Settings that cannot work together, refused before anything is loaded, with the nearest that do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lit_ft.config import Config, Strategy
+from lit_ft.distributed import started_by_others
+from lit_ft.errors import UserError
+
+SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})
+
+
+def check_settings(cfg: Config) -> int:
+    """How many processes the run has on this machine.
+
+    Raises:
+        UserError: the settings cannot work together.
+    """
+    devices = devices_here(cfg.trainer.accelerator, cfg.trainer.devices)
+    _check_nodes(cfg, devices)
+    _check_precision(cfg)
+    _check_strategy(cfg, devices * cfg.trainer.num_nodes)
+    if cfg.strategy.kind in SHARDED:
+        _check_model(cfg)
+    return devices
+
+
+def devices_here(accelerator: str, devices: Any) -> int:
+    """How many devices of this machine `trainer.devices` speaks of: processes, where there is no GPU.
+
+    Raises:
+        UserError: it is no number of devices, or there are fewer.
+    """
+    import torch
+
+    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and torch.cuda.is_available())
+    there = torch.cuda.device_count() if on_gpu else None
+    if devices in ("auto", -1, "-1"):
+        return max(1, there or 1)
+    which: list[int] | None = None
+    try:
+        if isinstance(devices, str) and "," in devices:
+            which = [int(number) for number in devices.split(",") if number.strip()]
+        elif isinstance(devices, Sequence) and not isinstance(devices, str):
+            which = [int(number) for number in devices]
+        count = len(which) if which is not None else int(devices)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UserError(f"trainer.devices={devices} is no number of devices: give 1 or more, auto, or a list [0,1].")
+    if there is not None and (count > there or max(which or [0]) >= there):
+        have = f"there {'is' if there == 1 else 'are'} {there}" if there else "there is none"
+        nearest = f"set trainer.devices={there}" if there else "set trainer.accelerator=cpu"
+        raise UserError(f"trainer.devices={devices} asks for {count} GPU(s), and {have}: {nearest}.")
+    return count
+
+
+def _check_nodes(cfg: Config, devices: int) -> None:
+    nodes = cfg.trainer.num_nodes
+    if nodes < 1:
+        raise UserError(f"trainer.num_nodes={nodes} must be at least 1.")
+    if nodes > 1 and not started_by_others():
+        raise UserError(
+            f"trainer.num_nodes={nodes}: processes on several machines are started by torchrun "
+            f"(torchrun --nnodes={nodes} --nproc-per-node={devices} … -m lit_ft …, see examples/torchrun) or by Slurm "
+            "(examples/slurm). On this machine alone, leave trainer.num_nodes at 1."
+        )
+
+
+def _check_precision(cfg: Config) -> None:
+    from lit_ft.models.precision import check_precision
+
+    check_precision(cfg.trainer.precision)
+
+
+def _check_strategy(cfg: Config, processes: int) -> None:
+    strategy = cfg.strategy
+    kind, parts = strategy.kind, strategy.tensor_parallel_size
+    if kind is not Strategy.fsdp_tp and parts != 1:
+        raise UserError(
+            f"strategy.tensor_parallel_size={parts} has no effect with strategy={kind.value}: use strategy=fsdp_tp."
+        )
+    if kind is Strategy.fsdp_tp and (parts < 1 or processes % parts):
+        fitting = [n for n in range(2, processes + 1) if processes % n == 0]
+        advice = f"sizes that do: {', '.join(map(str, fitting))}" if fitting else "use strategy=fsdp, or more devices"
+        raise UserError(
+            f"strategy.tensor_parallel_size={parts} does not divide the {processes} "
+            f"device{'s' if processes > 1 else ''} of trainer.devices × trainer.num_nodes ({advice})."
+        )
+    if kind not in SHARDED:
+        for key, value, default in (
+            ("cpu_offload", strategy.cpu_offload, False),
+            ("reshard_after_forward", strategy.reshard_after_forward, True),
+            ("param_dtype", strategy.param_dtype, None),
+            ("reduce_dtype", strategy.reduce_dtype, None),
+        ):
+            if value != default:
+                raise UserError(f"strategy.{key} has no effect with strategy={kind.value}: use strategy=fsdp.")
+
+
+def _check_model(cfg: Config) -> None:
+    """What only the model's config says: that its weights can be sharded and its layers split."""
+    from lit_ft.models.load import load_config
+    from lit_ft.models.tensor_parallel import why_not_divisible
+
+    config = load_config(cfg.model.id, cfg.model.tiny)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"The weights of {cfg.model.id} are quantized, and FSDP cannot shard those here: use strategy=ddp, or the "
+            "model without quantization."
+        )
+    if reason := why_not_divisible(config, cfg.strategy.tensor_parallel_size):
+        raise UserError(f"{reason}.")

@@ -1,0 +1,172 @@
+"""The processes of one run: which of them this is, what they agree on, and who speaks.
+
+Everything here is a no-op in a run of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from lit_ft.errors import UserError
+
+T = TypeVar("T")
+
+# How long a process waits for the others in one exchange. Losing a process is noticed much sooner, by whoever started
+# them; this bounds what nobody notices.
+PATIENCE = timedelta(minutes=30)
+
+
+class Ranks(NamedTuple):
+    """Where this process stands.
+
+    Attributes:
+        rank, size: among all processes of the run.
+        local_rank, local_size: among those of this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def started_by_others() -> bool:
+    """Whether torchrun, Slurm or our own launcher started this process as one of several."""
+    if "LOCAL_RANK" in os.environ:
+        return True
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def rank() -> int:
+    """This process's number, known before the processes have met, from what started them."""
+    if not started_by_others():
+        return 0
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ["LOCAL_RANK"])
+
+
+def join(device_type: str, devices: int, nodes: int) -> Ranks:
+    """Meet the other processes of the run; returns at once where there are none.
+
+    Args:
+        device_type: `cpu` (they talk through gloo) or `cuda` (NCCL, with gloo for what lies in main memory).
+        devices: processes on each machine.
+        nodes: machines.
+
+    Raises:
+        UserError: another number of processes was started than the settings speak of.
+    """
+    import torch.distributed as dist
+
+    if not started_by_others():
+        return Ranks()
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+    kinds = (SLURMEnvironment, TorchElasticEnvironment)
+    cluster: Any = next((kind() for kind in kinds if kind.detect()), None) or LightningEnvironment()
+    where = Ranks(cluster.global_rank(), cluster.world_size(), cluster.local_rank(), devices)
+    if where.size != devices * nodes:
+        raise UserError(
+            f"{where.size} processes were started, but trainer.devices={devices} on trainer.num_nodes={nodes} make "
+            f"{devices * nodes}. Start as many as that, or set trainer.devices to the processes of one machine."
+        )
+    if where.size > 1 and not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", cluster.main_address)
+        os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
+        if device_type == "cuda":
+            import torch
+
+            torch.cuda.set_device(where.local_rank)
+        # Both, so that small things (random states, counts, offloaded weights) need no GPU memory to travel.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=where.rank, world_size=where.size, timeout=PATIENCE)
+    return where
+
+
+def leave() -> None:
+    """Part from the other processes; without it they would wait for this one, or complain."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """How many processes have met."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in all of them; a UserError there is raised in all.
+
+    For whatever depends on the moment: a measurement, the newest file in a folder, a fresh name.
+    """
+    import torch.distributed as dist
+
+    if size() == 1:
+        return decide()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process goes through the block before the others: it fills a cache that they then read."""
+    import torch.distributed as dist
+
+    if size() == 1:
+        yield
+        return
+    if dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.get_rank() == 0:
+            dist.barrier()
+
+
+def gathered(value: T, group: Any = None) -> list[T]:
+    """`value` of every process (of `group`), in the order of their ranks."""
+    import torch.distributed as dist
+
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` holds in any process."""
+    import torch
+    import torch.distributed as dist
+
+    if size() == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` is only that another process of the run has gone."""
+    import torch.distributed as dist
+
+    if size() == 1:
+        return False
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in gone)

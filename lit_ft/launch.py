@@ -1,0 +1,110 @@
+"""Several devices: the command starts itself once per device under torchrun's own agent, and speaks for all of them.
+
+Lightning's launcher would start the others only when training begins, after the first process has tokenized and loaded
+on its own; would repeat a whole sweep in each of them; and would leave them running were the first one killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_ft.progress import say
+
+# Set in the processes that `run_processes` starts.
+_OURS = "LIT_FT_LAUNCHED"
+# What a process ends with that lost another one: not the cause, which the agent then finds elsewhere. EX_TEMPFAIL.
+LOST_ANOTHER = 75
+# Seconds between the request to stop and the end by force: time to finish a step and write a checkpoint.
+_GRACE = 50
+
+
+def launched_by_us() -> bool:
+    """Whether `run_processes` started this process."""
+    return _OURS in os.environ
+
+
+def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
+    """Run `command` in `count` processes on this machine until all have ended well.
+
+    The first one's output goes where this process's goes, the others' into files below `logs`. If one fails the others
+    are stopped; a signal to this process goes to all of them.
+
+    Raises:
+        SystemExit: a process failed, with its exit code (128 + N for signal N), or this one was asked to stop.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Its warnings tell what is told below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        run_id="processes",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=dict.fromkeys(range(1, count), Std.ALL)),
+        shutdown_timeout=_GRACE,
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    os.environ[_OURS] = str(os.getpid())
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        raise SystemExit(_explain(error, count, logs)) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + int(stopped.sigval)) from None
+    finally:
+        del os.environ[_OURS]
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def end_with_launcher() -> None:
+    """Have this process asked to stop (SIGTERM) when the one that launched it is gone, whatever ended that one."""
+    if not launched_by_us() or sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
+    if os.getppid() != int(os.environ[_OURS]):  # it ended before this was set
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _explain(error: Any, count: int, logs: Path) -> int:
+    """Say which process failed and why, and return the exit code."""
+    failures = error.failures.items()
+    # Those that were stopped by the agent, or lost another one, are not the cause.
+    consequences = {LOST_ANOTHER, -int(signal.SIGTERM), 128 + int(signal.SIGTERM)}
+    causes = [(rank, f) for rank, f in failures if f.exitcode not in consequences] or list(failures)
+    rank, cause = min(causes, key=lambda item: (item[1].exitcode > 0, item[0]))
+    if cause.exitcode < 0:
+        name = signal.Signals(-cause.exitcode).name
+        why = " (the system does so when memory runs out)" if -cause.exitcode == signal.SIGKILL else ""
+        say(f"Process {rank + 1} of {count} was ended by {name}{why}; the others were stopped.")
+        return 128 - cause.exitcode
+    if rank > 0:  # the first one's words were seen
+        if said := _last_words(logs, rank):
+            say(f"Process {rank + 1} of {count} failed, and the others were stopped. Its last words:\n{said}")
+        else:
+            say(f"Process {rank + 1} of {count} failed with exit code {cause.exitcode}; the others were stopped.")
+    return int(cause.exitcode)
+
+
+def _last_words(logs: Path, rank: int, lines: int = 25) -> str:
+    for path in sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log")):
+        words = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return "\n".join(f"  | {line}" for line in words[-lines:])
+    return ""
