@@ -5,9 +5,14 @@ The only place that knows Hydra.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import re
+import shutil
+import signal
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -17,6 +22,10 @@ from typing import Any, NoReturn
 from lit_ft.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
+# What submitit has a job exit with, under Slurm and locally, that it queued again before the time limit.
+_QUEUED_AGAIN = (-1, 144)
+# A file in which a run's processes leave the mistake they found, for the sweep that the run belongs to.
+_SAID = "LIT_FT_SAID"
 
 
 def conf_folder() -> Path:
@@ -28,12 +37,19 @@ def conf_folder() -> Path:
 def launch(task: Callable[[Any], int | None], config_name: str, schema: type) -> NoReturn:
     """Compose `config_name` from the YAML folder over `schema`, run `task(cfg)` and exit.
 
-    Exit codes: what `task` returns (None is 0), 2 for a mistake that the user can mend, 130 for Ctrl-C.
+    In a sweep (`-m`) that is done for each combination of values; a table of the runs follows the last.
+
+    Exit codes: what `task` returns (None is 0), 2 for a mistake that the user can mend and for a sweep of which a run
+    failed, 130 for Ctrl-C.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
+
+    from lit_ft import sweep
 
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     # Hydra would print its own abridged traceback and exit with 1; with this it raises, and we say it below.
@@ -42,12 +58,18 @@ def launch(task: Callable[[Any], int | None], config_name: str, schema: type) ->
     outcome: list[int] = []
     mistakes: list[UserError] = []
 
-    def job(cfg: Any) -> None:
+    def job(cfg: Any) -> float | None:
+        settings = HydraConfig.get()
+        if settings.mode is RunMode.MULTIRUN and "sweep" in settings.callbacks:
+            return _run_of_sweep(task, cfg, debug)
         try:
             outcome.append(task(cfg) or 0)
         except UserError as error:  # kept from Hydra, which would print lines of its own before ours
             mistakes.append(error)
+        return None
 
+    sweep.Begun.config = None
+    failed = 0
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
         if mistakes:
@@ -59,11 +81,73 @@ def launch(task: Callable[[Any], int | None], config_name: str, schema: type) ->
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if sweep.Begun.config is not None and not debug:  # not a run's, which keeps its own, but the launcher's
+            if "No trials are completed" not in str(error):  # Optuna where every run failed, as the table shows
+                _complain(f"The sweep ended early: {str(error) or type(error).__name__} (debug=true shows where)")
+            sys.exit(2)
         if not debug:
             logging.getLogger(__name__).error("This is a defect of lit_ft, not of your input; please report it.")
         raise
-    sys.exit(max(outcome, default=0))
+    finally:
+        failed = sweep.finish()
+    sys.exit(2 if failed else max(outcome, default=0))
+
+
+def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> float | None:
+    """Run one job of a sweep; returns what the sweeper minimises, or None if there is nothing.
+
+    A failure is written into the run's folder and not raised: Hydra's own sweeper would end with the batch, Optuna
+    with the first one. What submitit queued again before a time limit goes on from its checkpoint.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lit_ft import sweep
+
+    settings = HydraConfig.get()
+    run = Path(settings.runtime.output_dir)
+    sweep.forget(run)
+    stopped: SystemExit | None = None
+    said = Path(tempfile.mkdtemp(prefix="lit_ft-")) / "said.txt"
+    os.environ[_SAID] = str(said)
+    queued_again = run / "queued_again"
+    if cfg.resume is None and queued_again.exists() and (run / "checkpoints" / "last.ckpt").exists():
+        cfg.resume = str(run)
+    try:
+        task(cfg)
+        return sweep.score(run, cfg.objective)
+    except SystemExit as ended:  # train() ends so in, or after, several processes
+        if not ended.code:
+            return None  # not the first of them, which has the result
+        if ended.code in _QUEUED_AGAIN:
+            run.mkdir(parents=True, exist_ok=True)
+            queued_again.touch()
+            raise
+        reason = said.read_text(encoding="utf-8") if said.exists() else f"ended with exit code {ended.code}"
+        for number in (signal.SIGINT, signal.SIGTERM):  # somebody stops the whole sweep
+            if ended.code == 128 + number:
+                reason, stopped = f"stopped by {number.name}", ended
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            traceback.print_exc()
+        reason = _first_words(error)
+        _complain(reason)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+        if not type(error).__module__.startswith("submitit"):  # which so ends what reached the time limit too often
+            reason += " (a defect of lit_ft, not of your input; please report it)"
+    finally:
+        del os.environ[_SAID]
+        shutil.rmtree(said.parent, ignore_errors=True)
+        gc.collect()  # the next run in this process needs the memory
+    # Only now, when nothing of the run is left that could still remove its folder.
+    sweep.write_failure(run, " ".join(reason.split()), list(settings.overrides.task))
+    if stopped is not None:
+        raise stopped
+    return None
 
 
 def _first_words(error: Exception) -> str:
@@ -84,6 +168,8 @@ def _first_words(error: Exception) -> str:
     text = " ".join(causes)
     if override := getattr(error, "override", None):
         text = f"{override!r} cannot be read: {text}"
+    if re.search(r"ould not \w+ 'hydra/(sweeper/(sampler/|optuna)|launcher/submitit)", text):
+        return f"{text} Optuna and submitit come with: pip install 'lit_ft[sweep]'"
     key = getattr(error, "full_key", None)
     place = f" (key: {key})" if key and key not in text else ""
     return f"{text}{place} See `python -m {_command()} --help` for what there is."
@@ -95,6 +181,8 @@ def _command() -> str:
 
 
 def _complain(text: str) -> None:
+    if said := os.environ.get(_SAID):
+        Path(said).write_text(text, encoding="utf-8")
     paragraph = text if "\n" in text else textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
     print(f"\nerror: {paragraph}", file=sys.stderr)  # noqa: T201
 
@@ -104,9 +192,19 @@ def main() -> NoReturn:
     from lit_ft.config import Config, register_schemas
 
     def task(cfg: Any) -> None:
-        from lit_ft.train import train
+        from lit_ft.checks import check_settings
+        from lit_ft.distributed import started_by_others
 
-        print(train(cfg).path)  # noqa: T201
+        processes = check_settings(cfg)
+        if processes > 1 and not started_by_others():
+            from lit_ft.launch import train_in_processes
+
+            adapter = train_in_processes(processes)
+        else:
+            from lit_ft.train import train
+
+            adapter = train(cfg)
+        print(adapter.path)  # noqa: T201
 
     register_schemas()
     launch(task, "config", Config)

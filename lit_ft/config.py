@@ -46,6 +46,18 @@ class Reference(Enum):
     base = "base"
 
 
+class Strategy(Enum):
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    fsdp_tp = "fsdp_tp"
+
+
+class FloatFormat(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
 @dataclass
 class ModelConfig:
     id: str = MISSING
@@ -63,7 +75,7 @@ class PeftConfig:
     kind: Peft = Peft.lora
     r: int = 16
     alpha: int = 32
-    dropout: float = 0.05
+    dropout: float = 0.0
     target_modules: Any = "all-linear"
     """`all-linear`, a regular expression, or a list of names' ends."""
     use_rslora: bool = False
@@ -147,7 +159,9 @@ class DataConfig:
 class TrainerConfig:
     accelerator: str = "auto"
     devices: Any = 1
+    """How many, `auto` for all GPUs, or which ones: [0, 2]. On a CPU: processes."""
     num_nodes: int = 1
+    """Machines; above 1 torchrun or Slurm starts the processes (examples/torchrun, examples/slurm)."""
     precision: str = "auto"
     """`bf16-mixed`, `32-true`, or whichever this machine multiplies faster."""
     max_epochs: int = 1
@@ -164,11 +178,29 @@ class TrainerConfig:
     threads: int | None = None
     """Threads on a CPU; null measures which number is fastest (OMP_NUM_THREADS decides where it is set)."""
     profile: bool = False
-    """Show where the time of three steps goes, and keep it in the run's folder (profile.txt, trace.json)."""
+    """Show where the time of three steps goes, and keep it in the run's folder (profile.txt, trace.json.gz)."""
     deterministic: bool = False
     progress: bool = True
     extra: Any = None
     """Further arguments of lightning.Trainer, as they are."""
+
+
+@dataclass
+class StrategyConfig:
+    kind: Strategy = Strategy.auto
+    """`auto`: one process, or `ddp` on several devices; `fsdp` shards weights; `fsdp_tp` splits layers, too."""
+    tensor_parallel_size: int = 1
+    """Devices that share each layer's tensors (fsdp_tp); FSDP shards over the rest."""
+    cpu_offload: bool = False
+    """Keep sharded weights in main memory and bring each layer to the GPU when it runs."""
+    reshard_after_forward: bool = True
+    """Give a layer's weights back after its forward pass; false is faster and takes more memory."""
+    param_dtype: FloatFormat | None = None
+    """Gather weights in this format; null: frozen ones as they are kept, trained ones in fp32."""
+    reduce_dtype: FloatFormat | None = None
+    """Sum gradients over devices in this format; null: fp32, as they are."""
+    extra: Any = None
+    """Further arguments of Lightning's strategy, as they are (timeout, process_group_backend, …)."""
 
 
 @dataclass
@@ -186,12 +218,14 @@ class Config:
     """`last`, a checkpoint, or a run's folder."""
     start_from: str = "auto"
     """`auto`: DPO goes on from the newest SFT adapter of the same name; `none`: the base; or NAME@vN."""
+    objective: str = "eval/loss"
+    """The held-out metric by which a sweep compares runs; -METRIC where more is better (-eval/rewards/accuracies)."""
     model: ModelConfig = MISSING
     peft: PeftConfig = MISSING
     algorithm: AlgorithmConfig = MISSING
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
-    strategy: Any = None
+    strategy: StrategyConfig = MISSING
     logger: Any = None
 
 
@@ -207,3 +241,4 @@ def register_schemas() -> None:
     store.store(group="algorithm", name="dpo_schema", node=DPOConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
+    store.store(group="strategy", name="strategy_schema", node=StrategyConfig)

@@ -66,7 +66,11 @@ def join(device_type: str, devices: int, nodes: int) -> Ranks:
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     kinds = (SLURMEnvironment, TorchElasticEnvironment)
-    cluster: Any = next((kind() for kind in kinds if kind.detect()), None) or LightningEnvironment()
+    cluster: Any = next((kind() for kind in kinds if kind.detect()), None)
+    if cluster is None:  # started by hand, with LOCAL_RANK and NODE_RANK
+        cluster = LightningEnvironment()
+        cluster.set_world_size(devices * nodes)
+        cluster.set_global_rank(cluster.node_rank() * devices + cluster.local_rank())
     where = Ranks(cluster.global_rank(), cluster.world_size(), cluster.local_rank(), devices)
     if where.size != devices * nodes:
         raise UserError(
@@ -150,16 +154,16 @@ def gathered(value: T, group: Any = None) -> list[T]:
     return found
 
 
-def any_of(flag: bool) -> bool:
-    """Whether `flag` holds in any process."""
+def greatest(number: int) -> int:
+    """The greatest `number` that any process has."""
     import torch
     import torch.distributed as dist
 
     if size() == 1:
-        return flag
-    votes = torch.tensor(int(flag))
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def lost_another(error: BaseException) -> bool:

@@ -6,15 +6,19 @@ on its own; would repeat a whole sweep in each of them; and would leave them run
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_ft.adapter import Adapter, read
 from lit_ft.progress import say
+from lit_ft.sweep import RESULT
 
 # Set in the processes that `run_processes` starts.
 _OURS = "LIT_FT_LAUNCHED"
@@ -22,6 +26,8 @@ _OURS = "LIT_FT_LAUNCHED"
 LOST_ANOTHER = 75
 # Seconds between the request to stop and the end by force: time to finish a step and write a checkpoint.
 _GRACE = 50
+# Exit codes of runs that have said themselves how to go on: they were asked to stop.
+_SAID = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
 
 
 def launched_by_us() -> bool:
@@ -69,6 +75,42 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
         del os.environ[_OURS]
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def train_in_processes(processes: int) -> Adapter:
+    """Repeat this command, of a single run even inside a sweep, once per device; returns what they published.
+
+    Raises:
+        SystemExit: a process failed, or the run was interrupted.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    run = Path(HydraConfig.get().runtime.output_dir)
+    logs, last = run / "processes", run / "checkpoints" / "last.ckpt"
+    try:
+        run_processes(processes, _same_command(run), logs)
+        return read(Path(json.loads((run / RESULT).read_text(encoding="utf-8"))["path"]))
+    except SystemExit as ended:
+        if last.exists() and ended.code not in _SAID:
+            say(f"Go on with the same command and resume={last} (or resume=last).")
+        raise
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+        if {path.name for path in run.glob("*")} <= {"hydra"}:
+            shutil.rmtree(run, ignore_errors=True)  # it ended before it began
+
+
+def _same_command(run: Path) -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra/launcher", "hydra.launcher", "hydra.run.dir")
+    ours = [override for override in settings.overrides.hydra if not override.lstrip("+~").startswith(of_sweeps)]
+    given = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
+    # Absolute and quoted: a folder's name may hold what Hydra would read as its own signs.
+    place = f"hydra.run.dir='{run.resolve()}'"
+    flags = [f"--config-dir={folder}" for folder in given]
+    return [sys.executable, "-m", "lit_ft", *flags, *settings.overrides.task, *ours, place]
 
 
 def end_with_launcher() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
-import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,10 +29,11 @@ from lit_ft.data.chat import ChatEncoder, set_chat_template, show
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
-from lit_ft.distributed import Ranks, agree, first_process_first, join, leave, lost_another, rank, started_by_others
+from lit_ft.distributed import Ranks, agree, first_process_first, join, leave, lost_another, rank
 from lit_ft.errors import UserError
-from lit_ft.launch import LOST_ANOTHER, end_with_launcher, launched_by_us, run_processes
+from lit_ft.launch import LOST_ANOTHER, end_with_launcher, launched_by_us
 from lit_ft.machine import Threads, choose_threads, tokens_per_pass
+from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
 from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
@@ -42,7 +42,7 @@ from lit_ft.models.score import attention_backend, check_scoring, score_gathered
 from lit_ft.models.shard import bytes_held, shard
 from lit_ft.progress import say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
-from lit_ft.sweep import RESULT, write_result
+from lit_ft.sweep import write_result
 
 # Seconds that the others wait with a mistake, for the first process to say it: they are stopped as soon as one ends.
 _FIRST_SPEAKS = 5
@@ -51,7 +51,7 @@ _FIRST_SPEAKS = 5
 def train(cfg: Config) -> Adapter:
     """Run the configured training and return the adapter it published.
 
-    On several devices this process starts one for each, unless torchrun or Slurm did, and watches over them.
+    On several devices this is one of as many processes (`lit_ft.launch`, torchrun or Slurm start them).
 
     Raises:
         UserError: a mistake in the configuration, the data or the machine's state.
@@ -61,8 +61,6 @@ def train(cfg: Config) -> Adapter:
     _quiet()
     run = _run_folder()
     devices = check_settings(cfg)
-    if devices > 1 and not started_by_others():
-        return _in_processes(cfg, devices, run)
     end_with_launcher()
     try:
         with stopping_on_signals():
@@ -82,43 +80,11 @@ def train(cfg: Config) -> Adapter:
         raise
     finally:
         leave()
-        if not (run / "checkpoints").exists():
+        if {path.name for path in run.glob("*")} <= {"hydra", "processes"}:
             shutil.rmtree(run, ignore_errors=True)  # it ended before it began, or is not the first of several
     if rank() or launched_by_us():
         raise SystemExit(0)  # whoever started them reports
     return adapter
-
-
-def _in_processes(cfg: Config, devices: int, run: Path) -> Adapter:
-    """Repeat this command once per device and return what they published."""
-    try:
-        run_processes(devices, _same_command(run), run / "processes")
-        return folder.read(Path(json.loads((run / RESULT).read_text(encoding="utf-8"))["path"]))
-    finally:
-        shutil.rmtree(run / "processes", ignore_errors=True)
-        if not (run / "checkpoints").exists():
-            shutil.rmtree(run, ignore_errors=True)
-        elif (last := run / "checkpoints" / "last.ckpt").exists():
-            say(f"Go on with the same command and resume={last} (or resume=last).")
-
-
-def _same_command(run: Path) -> list[str]:
-    """The command line of this run, of a single one even inside a sweep, with its folder."""
-    from hydra.core.hydra_config import HydraConfig
-
-    given = HydraConfig.get().overrides
-    of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra/launcher", "hydra.launcher", "hydra.run.dir")
-    ours = [override for override in given.hydra if not override.lstrip("+~").startswith(of_sweeps)]
-    flags = [f"--config-dir={path}" for path in _config_dirs()]
-    # Absolute and quoted: a folder's name may hold what Hydra would read as its own signs.
-    return [sys.executable, "-m", "lit_ft", *flags, *given.task, *ours, f"hydra.run.dir='{run.resolve()}'"]
-
-
-def _config_dirs() -> list[str]:
-    """Folders given with --config-dir."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
 
 
 def _train(cfg: Config, run: Path, devices: int) -> Adapter:
@@ -213,11 +179,13 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
         trainer.fit(
             module, datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True if resumed else None
         )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"Out of GPU memory: lower data.max_tokens (now {max_tokens}), which changes no result, set "
-            f"model.gradient_checkpointing=true, or lower data.max_length. ({str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "val_check_interval" in str(error):
+            raise UserError(f"trainer.val_check_interval={cfg.trainer.val_check_interval}: {error}") from error
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # what they hold is in the way of saying it
+        raise UserError(_what_filled_memory(cfg, error, module, trainer, precision, max_tokens, device)) from error
     trainer.save_checkpoint(last)  # should publishing fail, a resume from it publishes without training anew
     if stopper.received is not None:
         raise Interrupted(stopper.received, last)
@@ -621,6 +589,38 @@ def _trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path,
         )
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"The trainer cannot be set up: {' '.join(str(error).split())}") from error
+
+
+def _what_filled_memory(
+    cfg: Config,
+    error: Exception,
+    module: Any,
+    trainer: Any,
+    precision: Precision,
+    max_tokens: int,
+    device: torch.device,
+) -> str:
+    """Which part of a step took how much, and what to lower."""
+    used = account(
+        module.model,
+        next(iter(trainer.optimizers), None),
+        module.largest,
+        mixed=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
+        device=device,
+        offloaded=cfg.strategy.cpu_offload,
+    )
+    return explain(
+        used,
+        error,
+        max_tokens=max_tokens,
+        max_length=cfg.data.max_length,
+        gradient_checkpointing=cfg.model.gradient_checkpointing,
+        precision=precision.trainer,
+        peft=cfg.peft.kind.value,
+        r=adapt.lora_rank(module.model),
+        strategy=cfg.strategy.kind.value,
+        cpu_offload=cfg.strategy.cpu_offload,
+    )
 
 
 def _best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from lit_ft.distributed import greatest
 from lit_ft.progress import say
 
 
@@ -65,6 +66,8 @@ class FinishStepOnSignal(Callback):
         say("\nStopping after this step (once more to stop at once) …")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        # One process may have been asked alone, or the others a step later: they stop together.
+        self.received = greatest(self.received or 0) or None
         if self.received is not None:
             trainer.save_checkpoint(self.checkpoint)
             raise Interrupted(self.received, self.checkpoint)

@@ -241,7 +241,11 @@ class ExamplesDataModule(L.LightningDataModule):
         return self._training.state_dict() if self._training is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resume_at = state_dict or None
+        if self._training is not None and self._training.untouched:
+            # Strategies that load late have asked for the loader already, to know how many steps there are.
+            self._training.load_state_dict(state_dict)
+        else:
+            self._resume_at = state_dict or None
 
     def val_dataloader(self) -> WindowLoader | list[Any]:
         return self._loader(self.val, False) if self.val else []

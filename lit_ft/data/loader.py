@@ -55,6 +55,11 @@ class WindowLoader:
         self._position = 0
         self._resumed = False
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no window was asked for yet."""
+        return self._epoch < 0
+
     def __len__(self) -> int:
         return len(self._windows(0))
 

@@ -88,8 +88,8 @@ def decoder_layers(lm: nn.Module) -> list[nn.Module]:
     names = set(getattr(lm, "_no_split_modules", None) or ())
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
-        lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
-        layers = list(max(lists, key=len, default=nn.ModuleList()))
+        lists = [list(module) for module in lm.modules() if isinstance(module, nn.ModuleList)]
+        layers = max(lists, key=len, default=[])
     if not layers:
         raise UserError(f"{type(lm).__name__} has no list of layers to shard by: use strategy=ddp.")
     return layers

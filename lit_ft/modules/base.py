@@ -82,6 +82,8 @@ class FineTuneModule(L.LightningModule, ABC):
         self.identity: dict[str, str] = {}
         self.before: dict[str, float] = {}
         self.validated_at = -1
+        # The batch with the most tokens that was tried: what a step took at most, should memory run out.
+        self.largest: Batch | None = None
         self._eval: Sums = {}
         self._eval_total = 0
         self._rng: dict[str, Any] | None = None
@@ -114,6 +116,7 @@ class FineTuneModule(L.LightningModule, ABC):
             counted = number < len(window.batches) - window.fillers
             last = number == len(window.batches) - 1
             with synchronising(self.model, self.trainer.strategy.model, last=last):
+                self._note(batch)
                 step = self.step(batch, total)
                 # Strategies average gradients over processes, but `total` already counts all of them.
                 self.manual_backward(step.loss * (replicas if counted else 0))
@@ -129,6 +132,10 @@ class FineTuneModule(L.LightningModule, ABC):
         values = {key: (value / count if count else value) for key, (value, count) in sums.items()}
         values |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": float(self.num_tokens)}
         self.log_dict({f"train/{key}": float(value) for key, value in values.items()})
+
+    def _note(self, batch: Batch) -> None:
+        if self.largest is None or batch.input_ids.numel() > self.largest.input_ids.numel():
+            self.largest = batch
 
     def _replicas(self) -> int:
         """How many processes share the examples; those that share a model's tensors count as one."""
@@ -154,6 +161,7 @@ class FineTuneModule(L.LightningModule, ABC):
     def validation_step(self, window: Window, _: int) -> None:
         """Add the window's metrics to the epoch's; the loss is a mean over all targets or examples."""
         for number, batch in enumerate(window.batches):
+            self._note(batch)
             step = self.step(batch, 1)
             counted = number < len(window.batches) - window.fillers
             found: Sums = {**step.sums, "loss": (step.loss, 0)}

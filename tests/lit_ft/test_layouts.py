@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -86,8 +87,12 @@ def in_data_order(values: Tensor, rows: Sequence[Example]) -> Tensor:
     return torch.cat([parts[index] for index in sorted(parts)])
 
 
+@cache
 def models(kind: str) -> tuple[Any, Any]:
-    """Twins: one with packed attention, one with transformers' own, so that the two paths share nothing."""
+    """Twins: one with packed attention, one with transformers' own, so that the two paths share nothing.
+
+    Made once: tests leave all but their gradients as it is, or take a `copy.deepcopy`.
+    """
     packed, padded = tiny.model(kind), tiny.model(kind)
     assert use_packed_attention(packed) is None
     return packed, padded
@@ -333,7 +338,7 @@ def drop_attention(model: Any, share: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_dropout_keeps_examples_apart(kind: str) -> None:
     """Its random numbers depend on the row's layout alone: with the same seed, only what is changed changes."""
-    packed, _ = models(kind)
+    packed = copy.deepcopy(models(kind)[0])
     drop_attention(packed, 0.5)
     packed.train()
     rows = related()
@@ -357,7 +362,7 @@ def test_attention_dropout_keeps_examples_apart(kind: str) -> None:
 
 def test_gradients_flow_through_attention_dropout() -> None:
     """A packed step in training with dropout: finite, and every layer's projections learn."""
-    packed, _ = models("llama")
+    packed = copy.deepcopy(models("llama")[0])
     drop_attention(packed, 0.1)
     packed.train()
     torch.manual_seed(0)

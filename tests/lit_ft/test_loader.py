@@ -26,7 +26,8 @@ def loader(count: int = 23, **changes: Any) -> WindowLoader:
 
 
 def indices(window: Window) -> list[int]:
-    return sorted(index for batch in window.batches for index in batch.examples.tolist())
+    counted = window.batches[: len(window.batches) - window.fillers]
+    return sorted(index for batch in counted for index in batch.examples.tolist())
 
 
 def epochs(made: WindowLoader, count: int) -> list[list[int]]:
@@ -40,10 +41,6 @@ def epochs(made: WindowLoader, count: int) -> list[list[int]]:
 def test_every_example_once_per_epoch_over_all_processes(
     count: int, processes: int, batch_size: int, shuffle: bool
 ) -> None:
-    if count < processes:
-        with pytest.raises(ValueError, match=f"{count} examples cannot be shared by {processes} processes"):
-            loader(count, processes=processes)
-        return
     ranks = [
         loader(count, rank=rank, processes=processes, batch_size=batch_size, shuffle=shuffle)
         for rank in range(processes)
@@ -54,7 +51,6 @@ def test_every_example_once_per_epoch_over_all_processes(
         seen = []
         for windows in steps:
             shares = [indices(window) for window in windows]
-            assert all(shares)  # and has something to do in each
             together = sorted(itertools.chain.from_iterable(shares))
             # Each process knows the totals of all, by which the loss is divided.
             for window in windows:
@@ -67,11 +63,43 @@ def test_every_example_once_per_epoch_over_all_processes(
 def test_windows_have_the_size_asked_for() -> None:
     assert [len(window) for window in epochs(loader(23), 1)] == [4, 4, 4, 4, 4, 3]
     assert len(loader(23)) == 6
-    # 13 = 4+4+4+1, and one example cannot be shared by two: it joins the window before.
-    assert [window.examples for window in loader(13, processes=2)] == [4, 4, 5]
-    assert len(loader(13, processes=2)) == 3
-    # A step smaller than the number of processes is not possible.
-    assert [window.examples for window in loader(6, batch_size=1, processes=3)] == [3, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_windows_are_the_same_for_any_number_of_processes(batch_size: int) -> None:
+    alone = [(window.examples, window.targets, indices(window)) for window in loader(13, batch_size=batch_size)]
+    for processes in (2, 3):
+        ranks = [loader(13, batch_size=batch_size, processes=processes, rank=rank) for rank in range(processes)]
+        together = [
+            (windows[0].examples, windows[0].targets, sorted(itertools.chain.from_iterable(map(indices, windows))))
+            for windows in zip(*ranks, strict=True)
+        ]
+        assert together == alone
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("max_tokens", [1, 20, 30])
+def test_all_processes_have_equally_many_batches(layout: Any, max_tokens: int) -> None:
+    """Sharded models gather each layer's weights together: a process that came too seldom would stop them all."""
+    made: dict[str, Any] = {"layout": layout, "max_tokens": max_tokens, "batch_size": 5, "processes": 3}
+    fillers = 0
+    for windows in zip(*[loader(rank=rank, **made) for rank in range(3)], strict=True):
+        assert len({len(window.batches) for window in windows}) == 1
+        cheapest = min(examples(23)[k].tokens for window in windows for k in indices(window))
+        for window in windows:
+            fillers += window.fillers
+            for filler in window.batches[len(window.batches) - window.fillers :]:
+                assert filler.num_examples == 1 and filler.tokens == cheapest
+    assert fillers > 0
+    assert all(window.fillers == 0 for window in loader(layout=layout, max_tokens=max_tokens))
+
+
+def test_processes_share_by_tokens() -> None:
+    """No process has more than the others by more than the window's longest example."""
+    for windows in zip(*[loader(batch_size=12, processes=2, rank=rank) for rank in range(2)], strict=True):
+        tokens = [sum(examples(23)[k].tokens for k in indices(window)) for window in windows]
+        longest = max(examples(23)[k].tokens for window in windows for k in indices(window))
+        assert abs(tokens[0] - tokens[1]) <= longest
 
 
 def test_without_shuffling_the_order_is_the_datas() -> None:

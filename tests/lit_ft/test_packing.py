@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -183,6 +184,18 @@ def agreement(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 RELATED = [related_examples(random.Random(seed)) for seed in range(200)]
 
 
+def of_all_related(check: Callable[[list[Example]], None]) -> Callable[[int], None]:
+    """Tests of twenty groups each: a test apiece would cost pytest more than the checks do."""
+
+    @pytest.mark.parametrize("first", range(0, len(RELATED), 20))
+    def test(first: int) -> None:
+        for examples in RELATED[first : first + 20]:
+            check(examples)
+
+    test.__doc__ = check.__doc__
+    return test
+
+
 def test_related_examples_are_what_they_should_be() -> None:
     """Some rows share nothing, some share at several depths; there are empty prompts and identical ones."""
     depths = []
@@ -196,7 +209,7 @@ def test_related_examples_are_what_they_should_be() -> None:
     assert any(len({p for p in group if len(p) >= 8}) < sum(len(p) >= 8 for p in group) for group in prompts)
 
 
-@pytest.mark.parametrize("examples", RELATED, ids=range(len(RELATED)))
+@of_all_related
 def test_every_target_is_foretold_by_exactly_its_own_sequence(examples: list[Example]) -> None:
     """What a target's source sees, by the pieces alone, is the prompt and the completion up to the target."""
     batch = pack(examples)
@@ -219,7 +232,7 @@ def test_every_target_is_foretold_by_exactly_its_own_sequence(examples: list[Exa
     assert found == expected
 
 
-@pytest.mark.parametrize("examples", RELATED, ids=range(len(RELATED)))
+@of_all_related
 def test_pieces_are_a_forest_that_leaves_nothing_long_twice(examples: list[Example]) -> None:
     batch = pack(examples)
     assert batch.pieces is not None

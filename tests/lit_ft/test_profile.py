@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from lit_ft.callbacks.profile import (
 from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.flops import computed_tokens, step_flops
 from lit_ft.losses.logprobs import PROFILED
+from lit_ft.machine import matrix_rate
 from lit_ft.models.adapt import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import SFTModule
@@ -165,10 +168,13 @@ class Clocked(SFTModule):
         self.seconds += (time.perf_counter() - start,)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small product instead of a large one."""
-    monkeypatch.setattr(profile, "_CPU_PRODUCT", (64, 64, 64))
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """A small product instead of a large one, tried for a moment instead of half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "_CPU_PRODUCT", (64, 64, 64))
+        patch.setattr(profile, "matrix_rate", lambda *given, seconds=0.0: matrix_rate(*given, seconds=0.01))
+        yield
 
 
 def run(callback: ProfileSteps, steps: int, *, validate: bool = False, layout: Any = "packed") -> Clocked:
@@ -210,6 +216,9 @@ def test_a_profile_adds_up(tmp_path: Path, capfd: pytest.CaptureFixture[str], la
         assert report.rows[row] > 0, row
     # Windows of 4 examples of 50 tokens, all alike.
     assert (report.tokens, report.computed) == (200, 200)
+    window = next(iter(module.trainer.train_dataloader))
+    assert report.flops == sum(step_flops(module.model, batch) for batch in window.batches)
+    assert report.computed == sum(computed_tokens(batch) for batch in window.batches)
     assert report.dtype == torch.float32
     assert report.product_rate is not None and report.product_rate > 0
     assert report.peak_memory > 2**20
@@ -221,28 +230,26 @@ def test_a_profile_adds_up(tmp_path: Path, capfd: pytest.CaptureFixture[str], la
     assert len({len(line) for line in table}) == 1, "columns do not align"
     shares = [float(line.split()[-1].rstrip("%")) for line in table]
     assert sum(shares[:-1]) == pytest.approx(shares[-1], abs=1.0)
-    trace = json.loads((tmp_path / "new" / "trace.json").read_text(encoding="utf-8"))
+    trace = json.loads(gzip.decompress((tmp_path / "new" / "trace.json.gz").read_bytes()))
     assert any(event.get("name") == "lit_ft: step" for event in trace["traceEvents"])
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"profile.txt", "trace.json.gz"}
     printed = capfd.readouterr()
-    assert text in printed.err + "\n" and "trace.json" in printed.err
+    assert text in printed.err + "\n" and f"{tmp_path / 'new' / 'trace.json.gz'}\n" in printed.err
     assert not printed.out
 
 
-def test_arithmetic_is_that_of_the_windows(tmp_path: Path) -> None:
-    callback = ProfileSteps(tmp_path, skip=0, steps=1)
-    module = run(callback, 1)
-    assert callback.report is not None
-    window = next(iter(module.trainer.train_dataloader))
-    assert callback.report.flops == sum(step_flops(module.model, batch) for batch in window.batches)
-    assert callback.report.computed == sum(computed_tokens(batch) for batch in window.batches)
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProfileSteps, Clocked]:
+    """A run of three steps, of which the second and the third are profiled; a fourth would be."""
+    callback = ProfileSteps(tmp_path_factory.mktemp("profile"), skip=1, steps=3)
+    return callback, run(callback, 3)
 
 
-def test_a_short_run_is_profiled_as_far_as_it_goes(tmp_path: Path) -> None:
-    callback = ProfileSteps(tmp_path, skip=1, steps=3)
-    run(callback, 3)
+def test_a_short_run_is_profiled_as_far_as_it_goes(short: tuple[ProfileSteps, Clocked]) -> None:
+    callback, _ = short
     assert callback.report is not None
     assert (callback.report.first, callback.report.steps) == (2, 2)
-    assert "steps 2 to 3" in (tmp_path / "profile.txt").read_text(encoding="utf-8")
+    assert "steps 2 to 3" in (callback.folder / "profile.txt").read_text(encoding="utf-8")
 
 
 def test_validation_ends_a_profile(tmp_path: Path) -> None:
@@ -277,7 +284,21 @@ def test_an_error_in_a_profiled_step_leaves_no_profiler(tmp_path: Path, monkeypa
     assert again.report is not None
 
 
-def test_profiling_does_not_change_training(tmp_path: Path) -> None:
-    profiled, plain = run(ProfileSteps(tmp_path), 3), run(ProfileSteps(tmp_path, skip=100), 3)
+def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """Half of a large file would be worse than none; and one of an earlier profile stays."""
+
+    class Full:
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text("half", encoding="utf-8")
+            raise OSError("no space")
+
+    (tmp_path / "trace.json.gz").write_bytes(b"before")
+    with pytest.raises(OSError, match="no space"):
+        profile._write_trace(Full(), tmp_path / "trace.json.gz")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_profiling_does_not_change_training(tmp_path: Path, short: tuple[ProfileSteps, Clocked]) -> None:
+    profiled, plain = short[1], run(ProfileSteps(tmp_path, skip=100), 3)
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, profiled.state_dict()[name]), name
