@@ -31,9 +31,11 @@ $(STAMP): pyproject.toml
 demo: install
 	@examples/demo.sh $(PY)
 
-# The tests on tiny models side by side, then those that want the machine for themselves.
+# The tests on tiny models side by side; then those that start processes or train the bundled model, two files at a
+# time; then those that want the machine for themselves.
 test: unit
-	$(PY) -m pytest -m "engine or browser or slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "slow and not engine and not browser"
+	$(PY) -m pytest -m "engine or browser"
 
 unit: install
 	$(PY) -m pytest -n auto --maxprocesses 4 -m "not engine and not browser and not slow"

@@ -6,7 +6,7 @@ Everything here is a no-op in a run of one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -48,20 +48,25 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ["LOCAL_RANK"])
 
 
-def join(device_type: str, devices: int, nodes: int) -> Ranks:
-    """Meet the other processes of the run; returns at once where there are none.
+def join(device_type: str, devices: int, nodes: int, *, alone: bool = False) -> Ranks:
+    """Meet the other processes of the run.
 
     Args:
         device_type: `cpu` (they talk through gloo) or `cuda` (NCCL, with gloo for what lies in main memory).
         devices: processes on each machine.
         nodes: machines.
+        alone: make a group of one where there are no others (sharding wants a group).
 
     Raises:
         UserError: another number of processes was started than the settings speak of.
     """
     import torch.distributed as dist
 
+    # Both, so that small things (random states, counts, offloaded weights) need no GPU memory to travel.
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if not started_by_others():
+        if alone and not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Ranks()
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -77,15 +82,13 @@ def join(device_type: str, devices: int, nodes: int) -> Ranks:
             f"{where.size} processes were started, but trainer.devices={devices} on trainer.num_nodes={nodes} make "
             f"{devices * nodes}. Start as many as that, or set trainer.devices to the processes of one machine."
         )
-    if where.size > 1 and not dist.is_initialized():
+    if (where.size > 1 or alone) and not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", cluster.main_address)
         os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
         if device_type == "cuda":
             import torch
 
             torch.cuda.set_device(where.local_rank)
-        # Both, so that small things (random states, counts, offloaded weights) need no GPU memory to travel.
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=where.rank, world_size=where.size, timeout=PATIENCE)
     return where
 
@@ -106,7 +109,7 @@ def size() -> int:
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in all of them; a UserError there is raised in all.
+    """What `decide` returns in the first process, in all of them; its UserError is raised in all.
 
     For whatever depends on the moment: a measurement, the newest file in a folder, a fresh name.
     """
@@ -164,6 +167,15 @@ def greatest(number: int) -> int:
     found = torch.tensor(number)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
+
+
+def as_in_the_first(tensors: Iterable[Any]) -> None:
+    """Overwrite `tensors` by those of the first process: what was drawn at random is then the same everywhere."""
+    import torch.distributed as dist
+
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
 
 
 def lost_another(error: BaseException) -> bool:

@@ -6,28 +6,34 @@ on its own; would repeat a whole sweep in each of them; and would leave them run
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_ft.adapter import Adapter, read
+from lit_ft.distributed import rank
 from lit_ft.progress import say
 from lit_ft.sweep import RESULT
 
 # Set in the processes that `run_processes` starts.
 _OURS = "LIT_FT_LAUNCHED"
+# A file in which the first of them leaves the place of its last checkpoint, until it has said itself how to go on.
+_NOTE = "LIT_FT_LAST"
 # What a process ends with that lost another one: not the cause, which the agent then finds elsewhere. EX_TEMPFAIL.
 LOST_ANOTHER = 75
 # Seconds between the request to stop and the end by force: time to finish a step and write a checkpoint.
 _GRACE = 50
-# Exit codes of runs that have said themselves how to go on: they were asked to stop.
-_SAID = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
+# Exit codes of runs that were asked to stop.
+_ASKED = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
 
 
 def launched_by_us() -> bool:
@@ -48,8 +54,9 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its warnings tell what is told below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # its warnings tell what is told below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,7 +71,7 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
         signals_to_handle="SIGTERM,SIGINT",
     )
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    os.environ[_OURS] = str(os.getpid())
+    os.environ.update({_OURS: str(os.getpid()), _NOTE: str((logs / "last").resolve())})
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
@@ -72,7 +79,7 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
     except SignalException as stopped:
         raise SystemExit(128 + int(stopped.sigval)) from None
     finally:
-        del os.environ[_OURS]
+        del os.environ[_OURS], os.environ[_NOTE]
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
@@ -86,12 +93,17 @@ def train_in_processes(processes: int) -> Adapter:
     from hydra.core.hydra_config import HydraConfig
 
     run = Path(HydraConfig.get().runtime.output_dir)
-    logs, last = run / "processes", run / "checkpoints" / "last.ckpt"
+    # Not in the run's folder, which a process removes that ends before it began: its last words would go with it.
+    logs = Path(tempfile.mkdtemp(prefix="lit_ft-"))
     try:
         run_processes(processes, _same_command(run), logs)
         return read(Path(json.loads((run / RESULT).read_text(encoding="utf-8"))["path"]))
     except SystemExit as ended:
-        if last.exists() and ended.code not in _SAID:
+        note = logs / "last"
+        last = note.read_text(encoding="utf-8") if note.exists() else ""
+        if last and Path(last).exists():
+            if ended.code in _ASKED:
+                say("Stopped before the step was finished; nothing was published.")
             say(f"Go on with the same command and resume={last} (or resume=last).")
         raise
     finally:
@@ -121,8 +133,23 @@ def end_with_launcher() -> None:
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
-    if os.getppid() != int(os.environ[_OURS]):  # it ended before this was set
+    launcher = int(os.environ[_OURS])
+    logs = Path(os.environ[_NOTE]).parent
+
+    def tidy() -> None:  # what the launcher would have removed
+        if not rank() and os.getppid() != launcher:
+            shutil.rmtree(logs, ignore_errors=True)
+
+    atexit.register(tidy)
+    if os.getppid() != launcher:  # it ended before this was set
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell_launcher(last: Path | None) -> None:
+    """Leave word of where the run's last checkpoint lies, for whoever has to say how to go on; None: it is said."""
+    if launched_by_us() and not rank():
+        with contextlib.suppress(OSError):  # the disk is full
+            Path(os.environ[_NOTE]).write_text(str(last or ""), encoding="utf-8")
 
 
 def _explain(error: Any, count: int, logs: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,12 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lit_ft.distributed import greatest
+from lit_ft.launch import tell_launcher
 from lit_ft.progress import say
+
+# Seconds in which several signals are one request: Linux sends PR_SET_PDEATHSIG's (lit_ft.launch) for every thread of
+# the process that ended, as long as another one of it still lives.
+_AT_ONCE = 1.0
 
 
 class Interrupted(BaseException):
@@ -31,8 +37,13 @@ class Interrupted(BaseException):
 def stopping_on_signals() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted`: Lightning would end with exit code 1, or 0, and say nothing."""
 
+    asked_at = float("-inf")
+
     def stop(signum: int, _: FrameType | None) -> None:
-        raise Interrupted(signum, None)
+        nonlocal asked_at
+        if time.monotonic() - asked_at > _AT_ONCE:
+            asked_at = time.monotonic()
+            raise Interrupted(signum, None)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -51,18 +62,22 @@ class FinishStepOnSignal(Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.received: int | None = None
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # After Lightning has put its own SIGTERM handler, which would end the run with exit code 0.
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._before[signum] = signal.signal(signum, self._receive)
+        tell_launcher(self.checkpoint)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         if self.received is not None:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        self.received = signum
+            if time.monotonic() - self._received_at > _AT_ONCE:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+            return
+        self.received, self._received_at = signum, time.monotonic()
         say("\nStopping after this step (once more to stop at once) …")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -70,9 +85,12 @@ class FinishStepOnSignal(Callback):
         self.received = greatest(self.received or 0) or None
         if self.received is not None:
             trainer.save_checkpoint(self.checkpoint)
-            raise Interrupted(self.received, self.checkpoint)
+            tell_launcher(None)  # train() says how to go on
+            raise Interrupted(self.received, self.checkpoint if self.checkpoint.exists() else None)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+        if self.received is not None:
+            tell_launcher(None)

@@ -42,7 +42,7 @@ def shard(
         reshard_after_forward: give a layer's weights back after its forward pass, and gather them again for the
             backward pass; without it, less traffic and more memory.
         param_dtype: gather trained and frozen weights in this format; None: as they are kept.
-        reduce_dtype: reduce gradients in this format; None: float32 as they are.
+        reduce_dtype: reduce gradients in this format; None: float32.
 
     Raises:
         UserError: tensor parallelism does not fit this model.
@@ -63,14 +63,25 @@ def shard(
     options: dict[str, Any] = {
         "mesh": mesh["data_parallel"],
         "reshard_after_forward": reshard_after_forward,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        # Left to PyTorch, gradients would be summed, over micro-batches too, in the format of the gathered weights.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype or torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
     }
     for layer in decoder_layers(lm):
         fully_shard(layer, **options)
-    fully_shard(lm, **options)
+    # None: gathered from the forward pass to the end of the backward pass, which would begin by gathering it again.
+    fully_shard(lm, **{**options, "reshard_after_forward": None})
     lm.score_sharded = types.MethodType(lambda self, batch: score(model, batch), lm)
     register_fsdp_forward_method(lm, "score_sharded")
+    gathering = lm.score_sharded
+
+    def score_sharded(batch: Any) -> Any:
+        scores = gathering(batch)
+        if not torch.is_grad_enabled():
+            lm.reshard()  # no backward pass will
+        return scores
+
+    lm.score_sharded = score_sharded
     return model
 
 

@@ -18,6 +18,8 @@ from lit_ft.errors import UserError
 _OUTPUTS, _INPUTS = "colwise", "rowwise"
 # Whole on every device, where a gradient would be each device's part only.
 _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
+# What transformers does with embeddings that are the output layer, too. Here they are whole like all others.
+_EMBEDDING = "embedding_rowwise"
 
 
 def why_not_divisible(config: Any, parts: int) -> str | None:
@@ -28,7 +30,7 @@ def why_not_divisible(config: Any, parts: int) -> str | None:
     kind = getattr(config, "model_type", type(config).__name__)
     if not plan:
         return f"transformers has no tensor-parallel plan for {kind} models: use strategy=fsdp"
-    if unknown := sorted(set(plan.values()) - {_OUTPUTS, _INPUTS, _PARTIAL_GRADIENT}):
+    if unknown := sorted(set(plan.values()) - {_OUTPUTS, _INPUTS, _PARTIAL_GRADIENT, _EMBEDDING}):
         return f"{kind} models are split in ways that lit_ft does not know ({', '.join(unknown)}): use strategy=fsdp"
     sizes = {
         name: size

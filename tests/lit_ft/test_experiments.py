@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -59,58 +61,61 @@ def test_every_choice_composes_and_passes_the_schema(compose: Callable[..., obje
     assert isinstance(content, dict) and group in content
 
 
-def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LIT_FT_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-m", "lit_ft", *args],
-        cwd=folder,
-        env=environment,
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_runs_two_steps(
+    cli: Callable[..., Outcome], own_cache: Path, experiment: str, llama_folder: Path, opt_folder: Path
+) -> None:
+    overrides = [f"model.id={llama_folder}"]
+    if experiment == "article":
+        rows = [{"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", "content": f"{k}."}]}
+                for k in range(16)]  # fmt: skip
+        Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        overrides = [f"model.id={opt_folder}", "data.path=chat.jsonl", "data.val_path=null", "data.val_split=0.25"]
+    done = cli(f"+experiment={experiment}", *overrides, *TINY)
+    assert done.code == 0, done.err
+    last = done.out.splitlines()[-1]
+    published = adapter.read(Path(last))
+    assert published.card.metrics["eval/loss"] > 0
+    # Logs and bars belong to standard error: standard output is the folder's path alone.
+    assert done.out == last + "\n"
+    assert "tokens/s" in done.err and "⟦" in done.err and "rows kept" in done.err
+    (run,) = Path("runs", published.name).iterdir()
+    assert list(run.glob("tensorboard/events.*")) and list(run.glob("csv/metrics.csv"))
+
+
+def test_a_real_process_says_the_folder_and_nothing_else(tmp_path: Path, llama_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_ft", "+experiment=quickstart", f"model.id={llama_folder}", *TINY],
+        cwd=tmp_path,
+        env={**os.environ, "LIT_FT_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         timeout=300,
         stdin=subprocess.DEVNULL,
     )
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_runs_two_steps(experiment: str, tmp_path: Path, llama_folder: Path, opt_folder: Path) -> None:
-    overrides = [f"model.id={llama_folder}"]
-    if experiment == "article":
-        rows = [{"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", "content": f"{k}."}]}
-                for k in range(16)]  # fmt: skip
-        (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        overrides = [f"model.id={opt_folder}", "data.path=chat.jsonl", "data.val_path=null", "data.val_split=0.25"]
-    done = command(tmp_path, f"+experiment={experiment}", *overrides, *TINY)
     assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    published = adapter.read(tmp_path / last)
-    assert published.card.metrics["eval/loss"] > 0
-    # Logs and bars belong to standard error: standard output is the folder's path alone.
-    assert done.stdout == last + "\n"
-    assert "tokens/s" in done.stderr and "⟦" in done.stderr and "rows kept" in done.stderr
-    (run,) = (tmp_path / "runs" / published.name).iterdir()
-    assert list(run.glob("tensorboard/events.*")) and list(run.glob("csv/metrics.csv"))
+    assert done.stdout == "adapters/quickstart/v1\n"
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_article_goes_on_with_dpo_on_its_three_rows(tmp_path: Path, opt_folder: Path) -> None:
+def test_the_article_goes_on_with_dpo_on_its_three_rows(
+    cli: Callable[..., Outcome], own_cache: Path, opt_folder: Path
+) -> None:
     rows = [{"prompt": f"{k}?", "completion": f"{k}."} for k in range(16)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sft = command(
-        tmp_path, "+experiment=article", f"model.id={opt_folder}", "data.path=rows.jsonl", "data.val_path=null", *TINY
-    )
-    assert sft.returncode == 0, sft.stderr
-    dpo = command(
-        tmp_path, "+experiment=article", "algorithm=dpo", "data=article_preferences", f"model.id={opt_folder}", *TINY
-    )
-    assert dpo.returncode == 0, dpo.stderr
-    assert "start      adapter article@v1 (sft)" in dpo.stderr
-    card = adapter.find(tmp_path / "adapters", "article").card
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = f"model.id={opt_folder}"
+    sft = cli("+experiment=article", model, "data.path=rows.jsonl", "data.val_path=null", *TINY)
+    assert sft.code == 0, sft.err
+    dpo = cli("+experiment=article", "algorithm=dpo", "data=article_preferences", model, *TINY)
+    assert dpo.code == 0, dpo.err
+    assert "start      adapter article@v1 (sft)" in dpo.err
+    card = adapter.find(Path("adapters"), "article").card
     assert (card.ref, card.parent, card.algorithm) == ("article@v2", "article@v1", "dpo")
     assert card.data[0].rows == 2, "three rows, one of them held out"
     # Padded rows: FlashAttention is asked for, and absent here.
-    assert "rows       padded (as asked), up to 1,024 tokens a pass" in dpo.stderr
+    assert "rows       padded (as asked), up to 1,024 tokens a pass" in dpo.err
     # The template that training used travels with the adapter.
-    assert "Assistant: " in (tmp_path / "adapters" / "article" / "v2" / "chat_template.jinja").read_text()
+    assert "Assistant: " in Path("adapters/article/v2/chat_template.jinja").read_text()
 
 
 def test_dpo_says_what_it_starts_from(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
@@ -149,18 +154,8 @@ def test_a_warm_cache_gives_the_losses_of_a_cold_one(
     assert logged[0] == logged[1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "data.path=examples:article_preferences",
-        "data.chat_template=plain",
-        "start_from=none",
-        "algorithm.reference=base",
-        "trainer.precision=bf16-mixed",
-    ],
-)
 def test_whatever_a_reference_depends_on_makes_it_anew(
-    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, change: str
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data, template, the adapter that training starts from, which reference, and the arithmetic."""
     model = f"model.id={llama_folder}"
@@ -169,10 +164,21 @@ def test_whatever_a_reference_depends_on_makes_it_anew(
     sft = "start_from=support@v1"
     assert "read from the cache" not in cli(*usual, sft).err
     assert "8 pairs read from the cache" in cli(*usual, sft).err
-    key = change.partition("=")[0]
-    kept = [argument for argument in (*usual, sft) if argument.partition("=")[0] != key]
-    changed = cli(*kept, change)
-    assert changed.code == 0 and "read from the cache" not in changed.err, changed.err
+    for change in (
+        "data.path=examples:article_preferences",
+        "data.chat_template=plain",
+        "start_from=none",
+        "algorithm.reference=base",
+        "trainer.precision=bf16-mixed",
+    ):
+        key = change.partition("=")[0]
+        kept = [argument for argument in (*usual, sft) if argument.partition("=")[0] != key]
+        # Of another folder than the others: what one change left there must not be what the next one finds.
+        shutil.copytree(own_cache, other := own_cache.with_name(key))
+        monkeypatch.setenv("LIT_FT_CACHE", str(other))
+        changed = cli(*kept, change)
+        assert changed.code == 0 and "read from the cache" not in changed.err, changed.err
+        monkeypatch.setenv("LIT_FT_CACHE", str(own_cache))
 
 
 def test_an_adapter_scaled_otherwise_is_another_reference(
@@ -221,7 +227,7 @@ def test_settings_show_in_the_first_lines_and_are_kept(
     assert lines["rows"] == "padded (as asked), up to 3,000 tokens a pass"
     # Nobody asked for a profile.
     (run,) = Path("runs", "support").iterdir()
-    assert not {"profile.txt", "trace.json"} & {path.name for path in run.iterdir()}
+    assert not {"profile.txt", "trace.json.gz"} & {path.name for path in run.iterdir()}
 
 
 def test_a_profile_is_printed_and_left_in_the_runs_folder(
@@ -240,8 +246,8 @@ def test_a_profile_is_printed_and_left_in_the_runs_folder(
     assert "Where the time of training steps 2 to 3 went" in text
     assert all(re.search(rf"^{re.escape(row)} +[\d,.]+ +[\d.]+%$", text, re.MULTILINE) for row in profile.ROWS)
     assert text in asked.err
-    assert f"Events of these steps: {run.resolve() / 'trace.json'}" in asked.err
-    events = json.loads((run / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert f"Events of these steps: {run.resolve() / 'trace.json.gz'}" in asked.err
+    events = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "lit_ft: step" and event.get("ph") == "X" for event in events) >= 2
 
 

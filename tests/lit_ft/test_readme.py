@@ -39,14 +39,24 @@ def write_files(folder: Path) -> None:
     pq.write_table(pa.table(pairs), folder / "pairs.parquet")
 
 
-@pytest.mark.parametrize("command", [c for c in TRAINING if c not in {"--help"} and "resume=" not in c])
+# Several processes, launchers of other programs: test_faults.py, test_strategies.py and test_sweep.py run such. Here
+# the same commands run with one process; and what a cluster would run is composed.
+def alone(command: str) -> str:
+    return command.replace("trainer.devices=2", "trainer.devices=1").replace(
+        "strategy=fsdp_tp model=qwen2_5_0_5b", "strategy=fsdp"
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in TRAINING if c not in {"--help"} and "resume=" not in c and not c.startswith("-m ")]
+)
 def test_training_command(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, opt_folder: Path, command: str
 ) -> None:
     write_files(Path.cwd())
     model = opt_folder if "article" in command else llama_folder
     local = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()  # its data is on the Hub
-    outcome = cli(*shlex.split(command), f"model.id={model}", *local, *TINY)
+    outcome = cli(*shlex.split(alone(command)), f"model.id={model}", *local, *TINY)
     assert outcome.code == 0, outcome.err
     assert adapter.read(Path(outcome.out.strip())).card.metrics
 
@@ -92,8 +102,27 @@ def test_benchmark_command_is_understood(command: str) -> None:
     assert parse(shlex.split(command)[3:]).rows > 0
 
 
+@pytest.mark.parametrize("command", [c for c in TRAINING if c.startswith("-m ")])
+def test_sweep_composes(command: str) -> None:
+    """Such commands run, on a tiny model, in test_sweep.py; here every word of them is one that Hydra knows."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lit_ft.cli import conf_folder
+    from lit_ft.config import register_schemas
+
+    GlobalHydra.instance().clear()
+    register_schemas()
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("hydra.")]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        compose(
+            "config", [word.split(",")[0] for word in words if not word.startswith("hydra.")], return_hydra_config=True
+        )
+
+
 def test_every_other_command_exists() -> None:
-    others = [c for c in COMMANDS if not c.startswith(("python -m", "source"))]
+    clusters = ("NPROC=2 examples/torchrun/train.sh ", "sbatch examples/slurm/train.sbatch ")
+    others = [c for c in COMMANDS if not c.startswith(("python -m", "source", *clusters))]
     scripts = [c for c in others if c.startswith("python ")]
     targets = [c.removeprefix("make ") for c in others if c.startswith("make ")]
     assert {*scripts, *(f"make {t}" for t in targets)} == set(others), "a kind of command that no test runs"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.processes import run_together
+from tests.processes import ROOT, run_together
 
 pytestmark = pytest.mark.slow
 
@@ -213,3 +216,23 @@ def test_one_strategy_goes_on_from_the_checkpoint_of_another(
     """Stopped by SIGTERM in the fifth of six steps, in the middle of the second epoch; one process got the signal."""
     uninterrupted = published(trained, name(("dpo", "lora", "fp32"), "one"))
     assert_same(published(resumed, f"{source}-{target}"), uninterrupted, 1e-5)
+
+
+def test_the_torchrun_example(tmp_path: Path, trained: Path, model: Path) -> None:
+    case = ("sft", "lora", "fp32")
+    write_rows(tmp_path)
+    words = [*arguments(case, "fsdp", model), f"adapters={tmp_path}/adapters", f"data.path={tmp_path}/rows.jsonl"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "torchrun" / "train.sh"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "NPROC": "2", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/adapters/{name(case, 'fsdp')}/v1\n", "one of the processes says it"
+    assert done.stderr.count("devices    2 processes, fsdp") == 1
+    assert_same(published(tmp_path, name(case, "fsdp")), published(trained, name(case, "one")), TOLERANCE)
+    (run,) = (tmp_path / "runs" / "torchrun").iterdir()
+    assert (run / "result.json").is_file()

@@ -1,0 +1,170 @@
+"""Lightning's Trainer as the settings describe it: strategy, callbacks, loggers; and the best of what it kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lit_ft.callbacks.interrupt import FinishStepOnSignal
+from lit_ft.checkpoint import SafeCheckpointIO
+from lit_ft.checks import SHARDED
+from lit_ft.config import Config, FloatFormat, Strategy
+from lit_ft.distributed import Ranks
+from lit_ft.errors import UserError
+from lit_ft.models.precision import Precision
+from lit_ft.models.score import score_gathered
+from lit_ft.models.shard import shard
+from lit_ft.progress import say
+
+
+def make_callbacks(
+    cfg: Config, module: Any, last: Path, *, validates: bool
+) -> tuple[Any, FinishStepOnSignal, list[Any]]:
+    """What keeps the best weights, what watches for signals, and all callbacks, these two among them."""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    from lit_ft.callbacks.progress_bar import TrainingBar
+
+    best = ModelCheckpoint(
+        dirpath=last.parent,
+        filename="best",
+        monitor=module.monitor if validates else None,
+        save_top_k=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+        save_on_train_epoch_end=not validates,
+    )
+    regular = ModelCheckpoint(
+        dirpath=last.parent,
+        filename="last",
+        every_n_train_steps=cfg.trainer.save_every_n_steps,
+        save_top_k=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+    stopper = FinishStepOnSignal(last)
+    callbacks: list[Any] = [best, regular, stopper]
+    if cfg.trainer.progress:
+        callbacks.append(TrainingBar())
+    if cfg.trainer.early_stopping is not None:
+        if not validates:
+            raise UserError("trainer.early_stopping needs held-out rows: set data.val_path or data.val_split.")
+        callbacks.append(EarlyStopping(module.monitor, patience=cfg.trainer.early_stopping))
+    return best, stopper, callbacks
+
+
+def make_strategy(cfg: Config, ranks: Ranks) -> Any:
+    """Lightning's strategy, or its name."""
+    from lit_ft.strategy import ShardedStrategy, ddp
+
+    wanted, extra = cfg.strategy, mapping("strategy.extra", cfg.strategy.extra)
+    if wanted.kind in SHARDED:
+        parts = wanted.tensor_parallel_size
+        return ShardedStrategy(ranks.size // parts, parts, cpu_offload=wanted.cpu_offload, **extra)
+    if wanted.kind is Strategy.ddp or ranks.size > 1:
+        return ddp(**extra)
+    return "auto"
+
+
+def make_trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: Path, devices: int, ranks: Ranks) -> Any:
+    """The Trainer.
+
+    Raises:
+        UserError: Lightning refuses the settings.
+    """
+    import lightning as L
+    from hydra.utils import instantiate
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    def third_party(group: Any) -> list[Any]:
+        parts = [] if group is None else [group] if "_target_" in group else list(group.values())
+        return [instantiate(part) for part in parts if part.get("_target_")]
+
+    t = cfg.trainer
+    extra = mapping("trainer.extra", t.extra)
+    for key, ours in (("accumulate_grad_batches", "data.batch_size"), ("gradient_clip_val", "algorithm.max_grad_norm")):
+        if key in extra:
+            raise UserError(f"trainer.extra.{key} has no effect here, where steps are taken by hand: use {ours}.")
+    try:
+        strategy = make_strategy(cfg, ranks)
+        loggers = third_party(cfg.logger)
+        return L.Trainer(
+            accelerator=t.accelerator,
+            devices=devices if t.devices in ("auto", -1, "-1") else t.devices,
+            num_nodes=t.num_nodes,
+            strategy=strategy,
+            plugins=[SafeCheckpointIO()],
+            precision=precision.trainer,
+            max_epochs=t.max_epochs if t.max_steps < 0 else -1,
+            max_steps=t.max_steps,
+            val_check_interval=t.val_check_interval,
+            log_every_n_steps=t.log_every_n_steps,
+            deterministic=t.deterministic,
+            callbacks=callbacks,
+            logger=loggers or False,
+            default_root_dir=run,
+            enable_model_summary=False,
+            enable_progress_bar=t.progress,
+            num_sanity_val_steps=0,
+            **extra,
+        )
+    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+        raise UserError(f"The trainer cannot be set up: {' '.join(str(error).split())}") from error
+
+
+def make_mesh(cfg: Config, device: torch.device, ranks: Ranks) -> Any:
+    """The devices in two dimensions, for a strategy that shards; else None."""
+    if cfg.strategy.kind not in SHARDED:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    parts = cfg.strategy.tensor_parallel_size
+    names = ("data_parallel", "tensor_parallel")
+    return init_device_mesh(device.type, (ranks.size // parts, parts), mesh_dim_names=names)
+
+
+def shard_model(cfg: Config, model: Any, mesh: Any) -> None:
+    """Shard `model` over `mesh`, in place, as the settings say."""
+    formats = {None: None, FloatFormat.bf16: torch.bfloat16, FloatFormat.fp32: torch.float32}
+    shard(
+        model,
+        mesh,
+        score_gathered,
+        cpu_offload=cfg.strategy.cpu_offload,
+        reshard_after_forward=cfg.strategy.reshard_after_forward,
+        param_dtype=formats[cfg.strategy.param_dtype],
+        reduce_dtype=formats[cfg.strategy.reduce_dtype],
+    )
+
+
+def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[str, float]:
+    """Put the best weights into the module, the last ones among the candidates, and return their held-out metrics."""
+    if datamodule is None:
+        return {"step": float(trainer.global_step)}
+    score = best.best_model_score
+    if module.validated_at != trainer.global_step:  # the run ended between two validations
+        final = {k: float(v) for k, v in trainer.validate(module, datamodule, verbose=False)[0].items()}
+        if score is None or final[module.monitor] < float(score):
+            return {**final, "step": float(trainer.global_step)}
+    if not Path(best.best_model_path).is_file():  # it could not be written: the disk was full
+        say("The best weights could not be kept while training: the last ones are published.")
+        return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")} | {
+            "step": float(trainer.global_step)
+        }
+    kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    from lit_ft.strategy import load_trained
+
+    load_trained(module, kept["state_dict"])
+    return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}
+
+
+def mapping(key: str, value: Any) -> dict[str, Any]:
+    """A setting that is a mapping or null (a typed one could not be given on the command line)."""
+    if value is None:
+        return {}
+    if not OmegaConf.is_dict(value):
+        raise UserError(f"{key}={value} is not a mapping: give it as '{key}={{name: value}}'.")
+    return dict(value)
