@@ -39,15 +39,11 @@ def devices_here(accelerator: str, devices: Any) -> int:
     there = torch.cuda.device_count() if on_gpu else None
     if devices in ("auto", -1, "-1"):
         return max(1, there or 1)
-    which: list[int] | None = None
     try:
-        if isinstance(devices, str) and "," in devices:
-            which = [int(number) for number in devices.split(",") if number.strip()]
-        elif isinstance(devices, Sequence) and not isinstance(devices, str):
-            which = [int(number) for number in devices]
+        which = _listed(devices)
         count = len(which) if which is not None else int(devices)
     except ValueError:
-        count = 0
+        which, count = None, 0
     if count < 1:
         raise UserError(f"trainer.devices={devices} is no number of devices: give 1 or more, auto, or a list [0,1].")
     if there is not None and (count > there or max(which or [0]) >= there):
@@ -55,6 +51,19 @@ def devices_here(accelerator: str, devices: Any) -> int:
         nearest = f"set trainer.devices={there}" if there else "set trainer.accelerator=cpu"
         raise UserError(f"trainer.devices={devices} asks for {count} GPU(s), and {have}: {nearest}.")
     return count
+
+
+def device_number(devices: Any, local_rank: int) -> int:
+    """Which of the machine's GPUs is that of the process `local_rank`: trainer.devices may be a list of them."""
+    which = _listed(devices)
+    return local_rank if which is None else which[local_rank]
+
+
+def _listed(devices: Any) -> list[int] | None:
+    """The devices that a list names, which on the command line may be a text (`0,2`); None for a mere number."""
+    if isinstance(devices, str):
+        return [int(number) for number in devices.split(",") if number.strip()] if "," in devices else None
+    return [int(number) for number in devices] if isinstance(devices, Sequence) else None
 
 
 def _check_nodes(cfg: Config, devices: int) -> None:

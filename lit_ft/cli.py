@@ -113,7 +113,7 @@ def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> f
     said = Path(tempfile.mkdtemp(prefix="lit_ft-")) / "said.txt"
     os.environ[_SAID] = str(said)
     queued_again = run / "queued_again"
-    if cfg.resume is None and queued_again.exists() and (run / "checkpoints" / "last.ckpt").exists():
+    if cfg.resume is None and queued_again.exists() and list(run.glob("checkpoints/last*.ckpt")):
         cfg.resume = str(run)
     try:
         task(cfg)
@@ -192,10 +192,18 @@ def main() -> NoReturn:
     from lit_ft.config import Config, register_schemas
 
     def task(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         from lit_ft.checks import check_settings
         from lit_ft.distributed import started_by_others
 
-        processes = check_settings(cfg)
+        try:
+            processes = check_settings(cfg)
+        except UserError:
+            run = Path(HydraConfig.get().runtime.output_dir)
+            if {path.name for path in run.glob("*")} <= {"hydra"}:
+                shutil.rmtree(run, ignore_errors=True)
+            raise
         if processes > 1 and not started_by_others():
             from lit_ft.launch import train_in_processes
 

@@ -85,10 +85,6 @@ def join(device_type: str, devices: int, nodes: int, *, alone: bool = False) -> 
     if (where.size > 1 or alone) and not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", cluster.main_address)
         os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
-        if device_type == "cuda":
-            import torch
-
-            torch.cuda.set_device(where.local_rank)
         dist.init_process_group(backend, rank=where.rank, world_size=where.size, timeout=PATIENCE)
     return where
 

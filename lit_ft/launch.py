@@ -6,8 +6,6 @@ on its own; would repeat a whole sweep in each of them; and would leave them run
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import logging
 import os
@@ -20,25 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.adapter import Adapter, read
-from lit_ft.distributed import rank
+from lit_ft.launched import LOST_ANOTHER, NOTE, OURS
 from lit_ft.progress import say
 from lit_ft.sweep import RESULT
 
-# Set in the processes that `run_processes` starts.
-_OURS = "LIT_FT_LAUNCHED"
-# A file in which the first of them leaves the place of its last checkpoint, until it has said itself how to go on.
-_NOTE = "LIT_FT_LAST"
-# What a process ends with that lost another one: not the cause, which the agent then finds elsewhere. EX_TEMPFAIL.
-LOST_ANOTHER = 75
 # Seconds between the request to stop and the end by force: time to finish a step and write a checkpoint.
 _GRACE = 50
 # Exit codes of runs that were asked to stop.
 _ASKED = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
-
-
-def launched_by_us() -> bool:
-    """Whether `run_processes` started this process."""
-    return _OURS in os.environ
 
 
 def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
@@ -71,7 +58,7 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
         signals_to_handle="SIGTERM,SIGINT",
     )
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    os.environ.update({_OURS: str(os.getpid()), _NOTE: str((logs / "last").resolve())})
+    os.environ.update({OURS: str(os.getpid()), NOTE: str((logs / "last").resolve())})
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
@@ -79,7 +66,7 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
     except SignalException as stopped:
         raise SystemExit(128 + int(stopped.sigval)) from None
     finally:
-        del os.environ[_OURS], os.environ[_NOTE]
+        del os.environ[OURS], os.environ[NOTE]
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
@@ -123,33 +110,6 @@ def _same_command(run: Path) -> list[str]:
     place = f"hydra.run.dir='{run.resolve()}'"
     flags = [f"--config-dir={folder}" for folder in given]
     return [sys.executable, "-m", "lit_ft", *flags, *settings.overrides.task, *ours, place]
-
-
-def end_with_launcher() -> None:
-    """Have this process asked to stop (SIGTERM) when the one that launched it is gone, whatever ended that one."""
-    if not launched_by_us() or sys.platform != "linux":
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
-    launcher = int(os.environ[_OURS])
-    logs = Path(os.environ[_NOTE]).parent
-
-    def tidy() -> None:  # what the launcher would have removed
-        if not rank() and os.getppid() != launcher:
-            shutil.rmtree(logs, ignore_errors=True)
-
-    atexit.register(tidy)
-    if os.getppid() != launcher:  # it ended before this was set
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def tell_launcher(last: Path | None) -> None:
-    """Leave word of where the run's last checkpoint lies, for whoever has to say how to go on; None: it is said."""
-    if launched_by_us() and not rank():
-        with contextlib.suppress(OSError):  # the disk is full
-            Path(os.environ[_NOTE]).write_text(str(last or ""), encoding="utf-8")
 
 
 def _explain(error: Any, count: int, logs: Path) -> int:

@@ -22,7 +22,7 @@ from lit_ft.announce import devices_line, first_lines, metric_line, quiet
 from lit_ft.callbacks.interrupt import Interrupted, stopping_on_signals
 from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.checkpoint import before as checkpoint_before
-from lit_ft.checks import SHARDED, check_settings
+from lit_ft.checks import SHARDED, check_settings, device_number
 from lit_ft.config import Algorithm, Config, Packing, Peft
 from lit_ft.data.chat import ChatEncoder, set_chat_template
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
@@ -30,7 +30,7 @@ from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
 from lit_ft.distributed import agree, as_in_the_first, first_process_first, join, leave, lost_another, rank
 from lit_ft.errors import UserError
-from lit_ft.launch import LOST_ANOTHER, end_with_launcher, launched_by_us
+from lit_ft.launched import LOST_ANOTHER, end_with_launcher, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
@@ -60,14 +60,15 @@ def train(cfg: Config) -> Adapter:
     quiet()
     run = _run_folder()
     devices = check_settings(cfg)
-    end_with_launcher()
     try:
         with stopping_on_signals():
+            end_with_launcher()
             adapter = _train(cfg, run, devices)
     except Interrupted as stop:
         say("Stopped; nothing was published.")
-        if stop.checkpoint is not None:
-            say(f"Go on with the same command and resume={stop.checkpoint} (or resume=last).")
+        last = stop.checkpoint or run / "checkpoints" / "last.ckpt"  # stopped between the last step and publishing
+        if last.exists():
+            say(f"Go on with the same command and resume={last} (or resume=last).")
         raise SystemExit(stop.exit_code) from None
     except UserError:
         if rank() and launched_by_us():
@@ -79,7 +80,7 @@ def train(cfg: Config) -> Adapter:
         raise
     finally:
         leave()
-        if {path.name for path in run.glob("*")} <= {"hydra", "processes"}:
+        if {path.name for path in run.glob("*")} <= {"hydra"}:
             shutil.rmtree(run, ignore_errors=True)  # it ended before it began, or is not the first of several
     if rank() or launched_by_us():
         raise SystemExit(0)  # whoever started them reports
@@ -98,7 +99,8 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
     resumed = agree(lambda: find_checkpoint(cfg.resume, Path(cfg.runs, cfg.name), cfg.algorithm.kind.value))
     start = agree(lambda: _start(cfg, adapters, resumed))
     if device.type == "cuda":
-        device = torch.device("cuda", ranks.local_rank)
+        device = torch.device("cuda", device_number(cfg.trainer.devices, ranks.local_rank))
+        torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     threads = choose_threads(cfg.trainer.threads, device, ranks.local_size)

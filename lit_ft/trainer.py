@@ -17,7 +17,6 @@ from lit_ft.errors import UserError
 from lit_ft.models.precision import Precision
 from lit_ft.models.score import score_gathered
 from lit_ft.models.shard import shard
-from lit_ft.progress import say
 
 
 def make_callbacks(
@@ -144,19 +143,17 @@ def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[
     """Put the best weights into the module, the last ones among the candidates, and return their held-out metrics."""
     if datamodule is None:
         return {"step": float(trainer.global_step)}
-    score = best.best_model_score
-    if module.validated_at != trainer.global_step:  # the run ended between two validations
-        final = {k: float(v) for k, v in trainer.validate(module, datamodule, verbose=False)[0].items()}
-        if score is None or final[module.monitor] < float(score):
-            return {**final, "step": float(trainer.global_step)}
-    if not Path(best.best_model_path).is_file():  # it could not be written: the disk was full
-        say("The best weights could not be kept while training: the last ones are published.")
-        return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")} | {
-            "step": float(trainer.global_step)
-        }
-    kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     from lit_ft.strategy import load_trained
 
+    # What the file says, and not the callback: where the disk was full the file is of an earlier step, or not there.
+    path = Path(best.best_model_path)
+    kept = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    final = trainer.callback_metrics
+    if module.validated_at != trainer.global_step:  # the run ended between two validations
+        final = trainer.validate(module, datamodule, verbose=False)[0]
+    final = {key: float(value) for key, value in final.items() if key.startswith("eval/")}
+    if kept is None or final[module.monitor] < kept["lit_ft"]["metrics"][module.monitor]:
+        return {**final, "step": float(trainer.global_step)}
     load_trained(module, kept["state_dict"])
     return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}
 

@@ -13,11 +13,10 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lit_ft.distributed import greatest
-from lit_ft.launch import tell_launcher
+from lit_ft.launched import ending, tell_launcher
 from lit_ft.progress import say
 
-# Seconds in which several signals are one request: Linux sends PR_SET_PDEATHSIG's (lit_ft.launch) for every thread of
-# the process that ended, as long as another one of it still lives.
+# Seconds in which several signals are one request: the launcher's end may be told more than once (`ending`).
 _AT_ONCE = 1.0
 
 
@@ -43,6 +42,7 @@ def stopping_on_signals() -> Iterator[None]:
         nonlocal asked_at
         if time.monotonic() - asked_at > _AT_ONCE:
             asked_at = time.monotonic()
+            ending()
             raise Interrupted(signum, None)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -78,6 +78,7 @@ class FinishStepOnSignal(Callback):
                 signal.raise_signal(signum)
             return
         self.received, self._received_at = signum, time.monotonic()
+        ending()
         say("\nStopping after this step (once more to stop at once) …")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -116,6 +116,7 @@ def run(options: argparse.Namespace, precision: str, kind: str) -> list[dict[str
         data = None if options.model in SHAPES else str(Path("examples/data") / name / "train.jsonl")
     processes = 1 if kind == "one" else options.processes
     settings = {
+        "parent": os.getpid(),
         "strategy": kind,
         "processes": processes,
         "threads": options.threads,

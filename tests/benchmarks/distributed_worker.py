@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -48,7 +49,7 @@ SILENT = frozenset(
     }
 )
 # Metrics, gradient norms and the flag that ends a run: told apart from weights and activations by their size.
-SMALL = 512
+SMALL = 4096
 
 
 class Traffic(TorchDispatchMode):
@@ -153,11 +154,24 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     from lit_ft.distributed import gathered, join, leave
 
+    end_with(settings.get("parent"))
     ranks = join("cpu", settings["processes"], 1)
     found = gathered(measure(settings, ranks))
     if ranks.rank == 0:
         result.write_text(json.dumps(found))
     leave()
+
+
+def end_with(parent: int | None) -> None:
+    """Have this process killed when the one that started it is gone, whatever ended that one."""
+    if parent is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it ended before this was set
+        raise SystemExit(1)
 
 
 def measure(settings: dict[str, Any], ranks: Any) -> dict[str, Any]:

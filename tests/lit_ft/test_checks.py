@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ft.checks import devices_here
+from lit_ft.checks import device_number, devices_here
 from lit_ft.errors import UserError
 from tests import tiny
 from tests.conftest import Outcome
@@ -100,6 +100,11 @@ def test_devices_by_number_list_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UserError, match=f"there are 4: set {nearest}"):
             devices_here("auto", wanted)
     assert devices_here("cpu", 5) == 5
+
+
+def test_which_gpu_is_a_processs_own() -> None:
+    assert [device_number(2, rank) for rank in (0, 1)] == [0, 1]
+    assert [device_number([0, 2], rank) for rank in (0, 1)] == [device_number("0,2", rank) for rank in (0, 1)] == [0, 2]
 
 
 def test_a_refusal_is_quick(refused: Refused) -> None:

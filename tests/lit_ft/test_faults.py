@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
 ]
 
-STEPS = 60
+STEPS = 40
 COMMON = (
     "+experiment=sft",
     "logger=none",
@@ -201,7 +201,7 @@ def chain(folder: Path, llama_folder: Path, draw: random.Random) -> dict[str, En
         settings = [f"model.id={llama_folder}", "name=chain", "trainer.devices=2", f"strategy={strategy}"]
         command = Command.start(folder, *settings, *(["resume=last"] if begun else []))
         try:
-            seen = command.until(runs, begun + draw.randint(1, 5))
+            seen = command.until(runs, begun + draw.randint(1, 3))
             time.sleep(draw.uniform(0, 0.2))  # somewhere in a step, or while it is written
             assert set(command.workers) == {0, 1}, command.said
             if how.startswith("kill -9"):
@@ -309,7 +309,7 @@ def test_a_single_process_that_is_killed_and_meets_a_full_disk(
     runs = disk.folder / "alone"
     killed = Command.start(folder, *settings)
     try:
-        killed.until(runs, draw.randint(1, 20))
+        killed.until(runs, draw.randint(1, 12))
         time.sleep(draw.uniform(0, 0.05))
     finally:
         killed.end()
