@@ -51,7 +51,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 raise
             there = next((one for one in (path, before(path)) if one.exists()), None)
             kept = f"the one before stays: {there}" if there else "there is none yet"
-            say(f"checkpoint of step {checkpoint.get('global_step')} was not written ({reason}); {kept}.")
+            say(f"{path.name} of step {checkpoint.get('global_step')} was not written ({reason}); {kept}.")
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)

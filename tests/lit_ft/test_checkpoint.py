@@ -101,7 +101,7 @@ def test_a_full_disk_keeps_what_was_there(
     fill()
     writer.save_checkpoint(checkpoint(1), path)
     assert re.fullmatch(
-        r"checkpoint of step 1 was not written \((No space left on device|File too large)\); there is none yet\.",
+        r"last\.ckpt of step 1 was not written \((No space left on device|File too large)\); there is none yet\.",
         said.pop(),
     )
     free()
