@@ -44,9 +44,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     caught: dict[str, Any] = {}
     save = adapt.save_trained
 
-    def spy(model: Any, folder: Path) -> None:
+    def spy(model: Any, folder: Path, state: Any = None) -> None:
         caught["model"] = model
-        save(model, folder)
+        save(model, folder, state)
 
     monkeypatch.setattr(adapt, "save_trained", spy)
     return caught
