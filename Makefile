@@ -31,14 +31,14 @@ $(STAMP): pyproject.toml
 demo: install
 	@examples/demo.sh $(PY)
 
-# The tests on tiny models side by side; then those that start processes or train the bundled model, two files at a
-# time; then those that want the machine for themselves.
+# The tests on tiny models side by side; then those that start processes, two files at a time; then those that want the
+# machine for themselves.
 test: unit
-	$(PY) -m pytest -n 2 --dist loadfile -m "slow and not engine and not browser"
-	$(PY) -m pytest -m "engine or browser"
+	$(PY) -m pytest -n 2 --dist loadfile -m slow
+	$(PY) -m pytest -m "engine or browser or alone"
 
 unit: install
-	$(PY) -m pytest -n auto --maxprocesses 4 -m "not engine and not browser and not slow"
+	$(PY) -m pytest -n auto --maxprocesses 4 -m "not engine and not browser and not slow and not alone"
 
 lint: install
 	$(PY) -m ruff check .

@@ -38,7 +38,9 @@ def devices_here(accelerator: str, devices: Any) -> int:
     on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and torch.cuda.is_available())
     there = torch.cuda.device_count() if on_gpu else None
     if devices in ("auto", -1, "-1"):
-        return max(1, there or 1)
+        if there == 0:
+            raise UserError(f"trainer.accelerator={accelerator}, and there is no GPU: set trainer.accelerator=cpu.")
+        return there or 1
     try:
         which = _listed(devices)
         count = len(which) if which is not None else int(devices)

@@ -207,7 +207,7 @@ def main() -> NoReturn:
         if processes > 1 and not started_by_others():
             from lit_ft.launch import train_in_processes
 
-            adapter = train_in_processes(processes)
+            adapter = train_in_processes(processes, Path(cfg.runs, cfg.name))
         else:
             from lit_ft.train import train
 

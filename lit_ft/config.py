@@ -200,7 +200,7 @@ class StrategyConfig:
     reduce_dtype: FloatFormat | None = None
     """Sum gradients over devices in this format; null: fp32, as they are."""
     extra: Any = None
-    """Further arguments of Lightning's strategy, as they are (timeout, process_group_backend, …)."""
+    """Further arguments of Lightning's strategy, as they are."""
 
 
 @dataclass

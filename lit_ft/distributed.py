@@ -18,6 +18,8 @@ T = TypeVar("T")
 # How long a process waits for the others in one exchange. Losing a process is noticed much sooner, by whoever started
 # them; this bounds what nobody notices.
 PATIENCE = timedelta(minutes=30)
+# Above are the batch file's own step, the interactive one and the like.
+_SLURM_SPECIAL_STEPS = 0xFFFFFFF0
 
 
 class Ranks(NamedTuple):
@@ -38,7 +40,10 @@ def started_by_others() -> bool:
     """Whether torchrun, Slurm or our own launcher started this process as one of several."""
     if "LOCAL_RANK" in os.environ:
         return True
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    # In a batch file itself Slurm counts tasks, too, but only srun starts them, as a step with a number.
+    step = os.environ.get("SLURM_STEP_ID", "")
+    in_step = step.isdigit() and int(step) < _SLURM_SPECIAL_STEPS
+    return in_step and int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
 
 
 def rank() -> int:
@@ -70,7 +75,7 @@ def join(device_type: str, devices: int, nodes: int, *, alone: bool = False) -> 
         return Ranks()
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-    kinds = (SLURMEnvironment, TorchElasticEnvironment)
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # torchrun may run inside a Slurm job
     cluster: Any = next((kind() for kind in kinds if kind.detect()), None)
     if cluster is None:  # started by hand, with LOCAL_RANK and NODE_RANK
         cluster = LightningEnvironment()

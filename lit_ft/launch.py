@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.adapter import Adapter, read
-from lit_ft.launched import LOST_ANOTHER, NOTE, OURS
+from lit_ft.launched import LOST_ANOTHER, NOTE, OURS, how_to_go_on
 from lit_ft.progress import say
 from lit_ft.sweep import RESULT
 
@@ -71,8 +71,12 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
             signal.signal(signum, handler)
 
 
-def train_in_processes(processes: int) -> Adapter:
+def train_in_processes(processes: int, runs: Path) -> Adapter:
     """Repeat this command, of a single run even inside a sweep, once per device; returns what they published.
+
+    Args:
+        processes: how many.
+        runs: the folder in which `resume=last` looks for runs.
 
     Raises:
         SystemExit: a process failed, or the run was interrupted.
@@ -91,7 +95,7 @@ def train_in_processes(processes: int) -> Adapter:
         if last and Path(last).exists():
             if ended.code in _ASKED:
                 say("Stopped before the step was finished; nothing was published.")
-            say(f"Go on with the same command and resume={last} (or resume=last).")
+            say(how_to_go_on(Path(last), runs))
         raise
     finally:
         shutil.rmtree(logs, ignore_errors=True)

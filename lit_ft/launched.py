@@ -1,4 +1,4 @@
-"""A process and the one that launched it: they end together, and one leaves word for the other."""
+"""A process and the one that launched it: they end together, and one leaves word for the other of how to go on."""
 
 from __future__ import annotations
 
@@ -63,3 +63,9 @@ def tell_launcher(last: Path | None) -> None:
     if launched_by_us() and not rank():
         with contextlib.suppress(OSError):  # the disk is full
             Path(os.environ[NOTE]).write_text(str(last or ""), encoding="utf-8")
+
+
+def how_to_go_on(last: Path, runs: Path) -> str:
+    """What to tell somebody whose run left the checkpoint `last`; `runs` is where `resume=last` looks."""
+    shorter = " (or resume=last)" if last.resolve().parents[2:3] == [runs.resolve()] else ""
+    return f"Go on with the same command and resume={last}{shorter}."

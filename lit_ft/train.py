@@ -28,9 +28,9 @@ from lit_ft.data.chat import ChatEncoder, set_chat_template
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
-from lit_ft.distributed import agree, as_in_the_first, first_process_first, join, leave, lost_another, rank
+from lit_ft.distributed import agree, as_in_the_first, first_process_first, greatest, join, leave, lost_another, rank
 from lit_ft.errors import UserError
-from lit_ft.launched import LOST_ANOTHER, end_with_launcher, launched_by_us
+from lit_ft.launched import LOST_ANOTHER, end_with_launcher, how_to_go_on, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
@@ -63,12 +63,12 @@ def train(cfg: Config) -> Adapter:
     try:
         with stopping_on_signals():
             end_with_launcher()
-            adapter = _train(cfg, run, devices)
+            adapter = _train_or_explain(cfg, run, devices)
     except Interrupted as stop:
         say("Stopped; nothing was published.")
         last = stop.checkpoint or run / "checkpoints" / "last.ckpt"  # stopped between the last step and publishing
         if last.exists():
-            say(f"Go on with the same command and resume={last} (or resume=last).")
+            say(how_to_go_on(last, Path(cfg.runs, cfg.name)))
         raise SystemExit(stop.exit_code) from None
     except UserError:
         if rank() and launched_by_us():
@@ -87,7 +87,19 @@ def train(cfg: Config) -> Adapter:
     return adapter
 
 
-def _train(cfg: Config, run: Path, devices: int) -> Adapter:
+def _train_or_explain(cfg: Config, run: Path, devices: int) -> Adapter:
+    """Train; where memory runs out, say what filled it."""
+    begun: dict[str, Any] = {}
+    try:
+        return _train(cfg, run, devices, begun)
+    except Exception as error:
+        if not is_out_of_memory(error) or "model" not in begun:
+            raise
+        traceback.clear_frames(error.__traceback__)  # what they hold is in the way of saying it
+        raise UserError(_what_filled_memory(cfg, error, **begun)) from error
+
+
+def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapter:
     import lightning as L
 
     device = _device(cfg.trainer.accelerator)
@@ -114,6 +126,7 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
     set_chat_template(tokenizer, cfg.data.chat_template)
     data, val = _examples(cfg, tokenizer)
     model = _model(cfg, start, precision)
+    begun |= {"model": model, "precision": precision, "max_tokens": max_tokens, "device": device}
     if adapt.is_adapted(model):
         as_in_the_first(p for p in model.parameters() if p.requires_grad)
     layout, why_padded = _layout(cfg, model, device)
@@ -129,8 +142,6 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
         shard_model(cfg, model, mesh)
     if ranks.size > 1:
         say(devices_line(cfg, model, ranks))
-        # Not the same random numbers everywhere; but those who share a model's tensors must drop the same ones.
-        torch.manual_seed(1_000_003 * cfg.seed + replica)
 
     base = Base(_base_id(cfg.model.id), base_hash)
     identity = _identity(cfg, base, data)
@@ -172,6 +183,7 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
 
         callbacks.insert(0, ProfileSteps(run))  # first, so that a step ends before others save or stop
     trainer = make_trainer(cfg, precision, callbacks, run, devices, ranks)
+    begun |= {"module": module, "trainer": trainer}
 
     before: list[Any] = []
     try:
@@ -182,16 +194,13 @@ def _train(cfg: Config, run: Path, devices: int) -> Adapter:
         trainer.fit(
             module, datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True if resumed else None
         )
-    except Exception as error:
-        if isinstance(error, ValueError) and "val_check_interval" in str(error):
-            raise UserError(f"trainer.val_check_interval={cfg.trainer.val_check_interval}: {error}") from error
-        if not is_out_of_memory(error):
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # what they hold is in the way of saying it
-        raise UserError(_what_filled_memory(cfg, error, module, trainer, precision, max_tokens, device)) from error
+        raise UserError(f"trainer.val_check_interval={cfg.trainer.val_check_interval}: {error}") from error
     trainer.save_checkpoint(last)  # should publishing fail, a resume from it publishes without training anew
-    if stopper.received is not None:
-        raise Interrupted(stopper.received, last)
+    if stopped := greatest(stopper.received or 0):
+        raise Interrupted(stopped, last)
 
     metrics = best_metrics(module, best, trainer, datamodule if val else None)
     metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in module.before.items()}
@@ -250,13 +259,21 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
 
 def _identity(cfg: Config, base: Base, data: Prepared) -> dict[str, str]:
     """What a checkpoint must have in common with the run that resumes it."""
+    chosen = {
+        f"{group}.{key!s}": str(value)
+        for group, settings in (("algorithm", cfg.algorithm), ("peft", cfg.peft))
+        for key, value in OmegaConf.to_container(settings).items()  # type: ignore[union-attr, arg-type]
+    }
     return {
+        **chosen,
         "algorithm": cfg.algorithm.kind.value,
-        "peft": cfg.peft.kind.value,
         "model": base.hash,
         "data": ", ".join(f"{d.source} {d.hash} {d.rows}" for d in data.sources),
         "data.batch_size": str(cfg.data.batch_size),
         "data.max_length": str(cfg.data.max_length),
+        "data.train_on": cfg.data.train_on.value,
+        "data.chat_template": str(cfg.data.chat_template),
+        "data.shuffle": str(cfg.data.shuffle),
         "seed": str(cfg.seed),
     }
 
@@ -361,6 +378,7 @@ def _with_reference(
             tiny=cfg.seed if cfg.model.tiny else None,
             precision=precision.trainer,
             weights=str(precision.weights),
+            gathered_as=str(cfg.strategy.param_dtype),
             model=cfg.model.id if cfg.model.tiny else None,
             # What computes them may change from one version to the next.
             versions=_versions(),
@@ -415,17 +433,19 @@ def _module(cfg: Config, model: Any) -> Any:
 def _what_filled_memory(
     cfg: Config,
     error: Exception,
-    module: Any,
-    trainer: Any,
+    *,
+    model: Any,
     precision: Precision,
     max_tokens: int,
     device: torch.device,
+    module: Any = None,
+    trainer: Any = None,
 ) -> str:
     """Which part of a step took how much, and what to lower."""
     used = account(
-        module.model,
-        next(iter(trainer.optimizers), None),
-        module.largest,
+        model,
+        next(iter(trainer.optimizers), None) if trainer is not None else None,
+        module.largest if module is not None else None,
         mixed=torch.bfloat16 if precision.trainer == "bf16-mixed" else None,
         device=device,
         offloaded=cfg.strategy.cpu_offload,
@@ -438,7 +458,7 @@ def _what_filled_memory(
         gradient_checkpointing=cfg.model.gradient_checkpointing,
         precision=precision.trainer,
         peft=cfg.peft.kind.value,
-        r=adapt.lora_rank(module.model),
+        r=adapt.lora_rank(model),
         strategy=cfg.strategy.kind.value,
         cpu_offload=cfg.strategy.cpu_offload,
     )

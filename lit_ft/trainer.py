@@ -12,7 +12,7 @@ from lit_ft.callbacks.interrupt import FinishStepOnSignal
 from lit_ft.checkpoint import SafeCheckpointIO
 from lit_ft.checks import SHARDED
 from lit_ft.config import Config, FloatFormat, Strategy
-from lit_ft.distributed import Ranks
+from lit_ft.distributed import Ranks, agree
 from lit_ft.errors import UserError
 from lit_ft.models.precision import Precision
 from lit_ft.models.score import score_gathered
@@ -60,6 +60,8 @@ def make_strategy(cfg: Config, ranks: Ranks) -> Any:
     from lit_ft.strategy import ShardedStrategy, ddp
 
     wanted, extra = cfg.strategy, mapping("strategy.extra", cfg.strategy.extra)
+    if set_already := {"timeout", "process_group_backend"} & set(extra):
+        raise UserError(f"strategy.extra.{min(set_already)} has no effect: the processes have met before.")
     if wanted.kind in SHARDED:
         parts = wanted.tensor_parallel_size
         return ShardedStrategy(ranks.size // parts, parts, cpu_offload=wanted.cpu_offload, **extra)
@@ -108,6 +110,8 @@ def make_trainer(cfg: Config, precision: Precision, callbacks: list[Any], run: P
             enable_model_summary=False,
             enable_progress_bar=t.progress,
             num_sanity_val_steps=0,
+            # FSDP keeps what it gathers, and training cannot go on with tensors made in inference mode.
+            inference_mode=cfg.strategy.kind not in SHARDED,
             **extra,
         )
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
@@ -147,12 +151,13 @@ def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[
 
     # What the file says, and not the callback: where the disk was full the file is of an earlier step, or not there.
     path = Path(best.best_model_path)
-    kept = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    there = agree(path.is_file)  # as the first process sees it: shared disks may show others something else
+    kept = torch.load(path, map_location="cpu", weights_only=True) if there else None
     final = trainer.callback_metrics
     if module.validated_at != trainer.global_step:  # the run ended between two validations
         final = trainer.validate(module, datamodule, verbose=False)[0]
     final = {key: float(value) for key, value in final.items() if key.startswith("eval/")}
-    if kept is None or final[module.monitor] < kept["lit_ft"]["metrics"][module.monitor]:
+    if kept is None or agree(lambda: final[module.monitor] < kept["lit_ft"]["metrics"][module.monitor]):
         return {**final, "step": float(trainer.global_step)}
     load_trained(module, kept["state_dict"])
     return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}

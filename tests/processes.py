@@ -3,7 +3,8 @@
     outcomes = run_together(folder, [["+experiment=sft", "trainer.devices=2"], …])
 
 starts `python -m tests.processes` once per process, as torchrun would; the first process's outcomes are returned.
-`stop_in_step=N` among a command's words is not the command's: the last process gets a SIGTERM in that step.
+Words that are not the command's: `stop_in_step=N`, the last process gets a SIGTERM in that step; `cache=NAME`, a cache
+of its own; `as_on_cuda`, the group has two backends, by which Lightning tells a CPU from a GPU.
 """
 
 from __future__ import annotations
@@ -61,6 +62,23 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
+def _group(as_on_cuda: bool) -> Iterator[None]:
+    """Open the next group with two backends, as a run on GPUs does."""
+    import torch.distributed as dist
+
+    init = dist.init_process_group
+
+    def with_two(backend: str, **options: Any) -> None:
+        init("cpu:gloo,cuda:gloo" if as_on_cuda else backend, **options)
+
+    dist.init_process_group = with_two
+    try:
+        yield
+    finally:
+        dist.init_process_group = init
+
+
+@contextlib.contextmanager
 def _stopping(step: int | None) -> Iterator[None]:
     """Send this process a SIGTERM in the middle of `step`, if it is the last of the run."""
     from lit_ft.distributed import size
@@ -93,13 +111,17 @@ def main() -> None:
         os.environ.clear()
         os.environ.update(before, MASTER_PORT=str(port))
         GlobalHydra.instance().clear()
-        sys.argv = ["lit_ft", *[word for word in command if not word.startswith("stop_in_step=")]]
+        sys.argv = ["lit_ft", *[word for word in command if not word.startswith(("stop_in_step=", "cache=", "as_on"))]]
+        for word in command:
+            if word.startswith("cache="):
+                os.environ["LIT_FT_CACHE"] = str(Path(word.removeprefix("cache=")).resolve())
         stop = next((int(word.split("=")[1]) for word in command if word.startswith("stop_in_step=")), None)
         out, err = io.StringIO(), io.StringIO()
         code: Any = 1
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _stopping(stop):
-                cli.main()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # noqa: SIM117
+                with _stopping(stop), _group("as_on_cuda" in command):
+                    cli.main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         except Exception as error:

@@ -3,7 +3,7 @@
 FSDP2: Zhao et al. 2023 (arXiv:2304.11277), `torch.distributed.fsdp.fully_shard`. Every decoder layer is one unit:
 its weights are gathered before it runs and given back after; what lies outside the layers (embeddings, last norm,
 output layer) stays gathered during a step. Frozen weights are gathered in the format they are kept in (half the traffic
-in bfloat16), adapters in float32; gradients, which only adapters have, are reduced in float32.
+in bfloat16), adapters in float32; gradients, with adapters theirs alone, are reduced in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_ft.errors import UserError
-from lit_ft.models.adapt import causal_lm
+from lit_ft.models.adapt import causal_lm, is_adapted
 from lit_ft.models.tensor_parallel import parallelize
 
 
@@ -67,7 +67,8 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype or torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
     }
-    for layer in decoder_layers(lm):
+    layers: list[Any] = decoder_layers(lm)
+    for layer in layers:
         fully_shard(layer, **options)
     # None: gathered from the forward pass to the end of the backward pass, which would begin by gathering it again.
     fully_shard(lm, **{**options, "reshard_after_forward": None})
@@ -78,7 +79,8 @@ def shard(
     def score_sharded(batch: Any) -> Any:
         scores = gathering(batch)
         if not torch.is_grad_enabled():
-            lm.reshard()  # no backward pass will
+            for part in (*layers, lm):
+                part.reshard()  # no backward pass will
         return scores
 
     lm.score_sharded = score_sharded
@@ -107,7 +109,7 @@ def decoder_layers(lm: nn.Module) -> list[nn.Module]:
 
 
 def synchronising(model: Any, wrapped: Any, *, last: bool) -> AbstractContextManager[None]:
-    """Around a backward pass: exchange gradients with the other processes only if it is the `last` of a step.
+    """Around a backward pass: exchange the gradients of adapters only if it is the `last` of a step.
 
     Args:
         model: the model that is trained.
@@ -119,7 +121,9 @@ def synchronising(model: Any, wrapped: Any, *, last: bool) -> AbstractContextMan
         return nullcontext()
     if isinstance(wrapped, DistributedDataParallel):
         return wrapped.no_sync()
-    return _keeping_gradients(causal_lm(model)) if is_sharded(model) else nullcontext()
+    # FSDP keeps whole gradients until it may exchange them: nothing beside the weights if they are those of adapters,
+    # but a second model if all weights are trained. That one exchanges each time.
+    return _keeping_gradients(causal_lm(model)) if is_sharded(model) and is_adapted(model) else nullcontext()
 
 
 @contextmanager
@@ -148,6 +152,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+    if max_norm == float("inf"):
+        return total
     for group in by_mesh.values():
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         torch._foreach_mul_(group, coefficient.to(group[0].device))

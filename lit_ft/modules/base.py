@@ -87,6 +87,7 @@ class FineTuneModule(L.LightningModule, ABC):
         self._eval: Sums = {}
         self._eval_total = 0
         self._rng: dict[str, Any] | None = None
+        self._draw_anew = False  # after a resume by another number of processes, which has no states of its own
 
     @abstractmethod
     def step(self, batch: Batch, total: int) -> Step:
@@ -228,11 +229,13 @@ class FineTuneModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state of every process, so that dropout goes on as it would have."""
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        device = self.trainer.strategy.root_device  # the module's own is the CPU where weights are offloaded
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
         held_out = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("eval/")}
         checkpoint["lit_ft"] = {
             "rng": gathered(rng),
+            "replicas": self._replicas(),
             "num_tokens": self.num_tokens,
             "parent": self.parent,
             "identity": self.identity,
@@ -244,17 +247,24 @@ class FineTuneModule(L.LightningModule, ABC):
         own = checkpoint.get("lit_ft", {})
         self.num_tokens = own.get("num_tokens", 0)
         states = own.get("rng", [])
-        if len(states) == self.trainer.world_size:
-            self._rng = states[self.trainer.global_rank]
-        else:  # another number of processes: there is no state to go on with, but there is a step to begin anew from
-            torch.manual_seed(1_000_003 * int(checkpoint.get("global_step", 0)) + self.trainer.global_rank)
+        same = len(states) == self.trainer.world_size and own.get("replicas") == self._replicas()
+        self._rng = states[self.trainer.global_rank] if same else None
+        self._draw_anew = not same
+
+    def on_train_start(self) -> None:
+        """Give each replica random numbers of its own; processes that share a model's tensors must draw the same."""
+        if (self.trainer.world_size > 1 and self._rng is None) or self._draw_anew:
+            ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {})
+            torch.manual_seed(torch.initial_seed() + 1_000_003 * (ranks.get("rank", 0) + 1) + 7919 * self.global_step)
+            self._draw_anew = False
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Restore the random state just before the first step after a resume: what ran since must not count."""
         if self._rng is not None:
             torch.set_rng_state(self._rng["cpu"].cpu())
-            if "cuda" in self._rng and self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+            device = self.trainer.strategy.root_device
+            if "cuda" in self._rng and device.type == "cuda":
+                torch.cuda.set_rng_state(self._rng["cuda"].cpu(), device)
             self._rng = None
 
 

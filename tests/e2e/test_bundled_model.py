@@ -11,7 +11,7 @@ import pytest
 
 from lit_ft import adapter
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 def train(folder: Path, *args: str) -> adapter.Adapter:

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
 ]
 
-STEPS = 150
+STEPS = 100
 COMMON = (
     "+experiment=sft",
     "logger=none",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -506,3 +507,21 @@ def test_a_window_moves_with_all_its_tensors() -> None:
         tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
         assert len(tensors) >= 8
         assert all(value.device.type == "meta" for value in tensors)
+
+
+@pytest.mark.parametrize("states", [[], [{"cpu": torch.get_rng_state()}] * 2])
+def test_random_numbers_belong_to_replicas(states: list[dict[str, Any]]) -> None:
+    """Of four processes two share a model's tensors: they must draw the same, and other than the other two."""
+    seeds = []
+    for rank in range(4):
+        module = SFTModule(tiny.model())
+        ranks = {"num_replicas": 2, "rank": rank // 2}
+        strategy = SimpleNamespace(distributed_sampler_kwargs=ranks, root_device=torch.device("cpu"))
+        module._trainer = cast(Any, SimpleNamespace(world_size=4, global_rank=rank, global_step=5, strategy=strategy))
+        torch.manual_seed(0)
+        if states:  # written by two processes
+            module.on_load_checkpoint({"lit_ft": {"rng": states, "replicas": 2}, "global_step": 5})
+        module.on_train_start()
+        assert module._rng is None
+        seeds.append(torch.initial_seed())
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]

@@ -67,7 +67,9 @@ CASES: list[Case] = [
 def arguments(case: Case, strategy: str, folder: Path) -> list[str]:
     algorithm, peft, precision = case
     settings = [*ALGORITHMS[algorithm], *SETTINGS, *PEFT[peft], f"trainer.precision={PRECISIONS[precision]}"]
-    return [*settings, f"model.id={folder}", f"name={name(case, strategy)}", *STRATEGIES[strategy]]
+    # Each strategy computes its references itself.
+    words = [f"model.id={folder}", f"name={name(case, strategy)}", f"cache=cache-{strategy}"]
+    return [*settings, *words, *STRATEGIES[strategy]]
 
 
 def name(case: Case, strategy: str) -> str:
@@ -101,6 +103,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     found = run_together(folder, alone, processes=1) + run_together(folder, together)
     assert [one.code for one in found] == [0] * len(found), "\n".join(one.err for one in found if one.code)
     return folder
+
+
+def test_fsdp_where_the_group_is_as_on_gpus(tmp_path: Path, trained: Path, model: Path) -> None:
+    """Lightning validates in inference mode there, and FSDP must not: it would train with what it had gathered."""
+    write_rows(tmp_path)
+    case = ("sft", "lora", "fp32")
+    (ended,) = run_together(tmp_path, [[*arguments(case, "fsdp", model), "as_on_cuda"]])
+    assert ended.code == 0, ended.err
+    assert_same(published(tmp_path, name(case, "fsdp")), published(trained, name(case, "one")), TOLERANCE)
 
 
 def metrics(folder: Path, run: str) -> dict[str, list[float]]:
@@ -221,7 +232,8 @@ def test_one_strategy_goes_on_from_the_checkpoint_of_another(
 def test_the_torchrun_example(tmp_path: Path, trained: Path, model: Path) -> None:
     case = ("sft", "lora", "fp32")
     write_rows(tmp_path)
-    words = [*arguments(case, "fsdp", model), f"adapters={tmp_path}/adapters", f"data.path={tmp_path}/rows.jsonl"]
+    words = [word for word in arguments(case, "fsdp", model) if not word.startswith("cache=")]
+    words += [f"adapters={tmp_path}/adapters", f"data.path={tmp_path}/rows.jsonl"]
     done = subprocess.run(
         ["bash", str(ROOT / "examples" / "torchrun" / "train.sh"), *words],
         cwd=tmp_path,
@@ -236,3 +248,15 @@ def test_the_torchrun_example(tmp_path: Path, trained: Path, model: Path) -> Non
     assert_same(published(tmp_path, name(case, "fsdp")), published(trained, name(case, "one")), TOLERANCE)
     (run,) = (tmp_path / "runs" / "torchrun").iterdir()
     assert (run / "result.json").is_file()
+
+
+def test_a_resume_with_dropout_under_tensor_parallelism(tmp_path: Path, model: Path) -> None:
+    """Processes that share a model's tensors must drop the same inputs, before and after; the way there is the same."""
+    write_rows(tmp_path)
+    usual = [*arguments(("sft", "lora", "fp32"), "tp", model), "peft.dropout=0.3"]
+    whole, stopped = run_together(tmp_path, [[*usual, "name=whole"], [*usual, "name=stopped", "stop_in_step=5"]])
+    assert (whole.code, stopped.code) == (0, 143), whole.err + stopped.err
+    (run,) = (tmp_path / "runs" / "stopped").glob("*")
+    (ended,) = run_together(tmp_path, [[*usual, "name=resumed", f"resume={run}"]])
+    assert ended.code == 0, ended.err
+    assert_same(published(tmp_path, "resumed"), published(tmp_path, "whole"), TOLERANCE)
