@@ -105,6 +105,7 @@ def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> f
     from omegaconf.errors import OmegaConfBaseException
 
     from lit_ft import sweep
+    from lit_ft.launched import LOST_ANOTHER
 
     settings = HydraConfig.get()
     run = Path(settings.runtime.output_dir)
@@ -125,6 +126,8 @@ def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> f
             run.mkdir(parents=True, exist_ok=True)
             queued_again.touch()
             raise
+        if ended.code == LOST_ANOTHER and sweep.failed(run):
+            return None  # of several processes, another one has said why
         reason = said.read_text(encoding="utf-8") if said.exists() else f"ended with exit code {ended.code}"
         for number in (signal.SIGINT, signal.SIGTERM):  # somebody stops the whole sweep
             if ended.code == 128 + number:

@@ -122,7 +122,8 @@ def _explain(error: Any, count: int, logs: Path) -> int:
     # Those that were stopped by the agent, or lost another one, are not the cause.
     consequences = {LOST_ANOTHER, -int(signal.SIGTERM), 128 + int(signal.SIGTERM)}
     causes = [(rank, f) for rank, f in failures if f.exitcode not in consequences] or list(failures)
-    rank, cause = min(causes, key=lambda item: (item[1].exitcode > 0, item[0]))
+    # Killed before aborted (NCCL's watchdog aborts who lost another one), and that before failed.
+    rank, cause = min(causes, key=lambda item: (item[1].exitcode > 0, item[1].exitcode == -signal.SIGABRT, item[0]))
     if cause.exitcode < 0:
         name = signal.Signals(-cause.exitcode).name
         why = " (the system does so when memory runs out)" if -cause.exitcode == signal.SIGKILL else ""

@@ -58,6 +58,11 @@ def write_failure(run: Path, reason: str, overrides: list[str]) -> None:
         OmegaConf.save(OmegaConf.create(overrides), run / "hydra" / _OVERRIDES)
 
 
+def failed(run: Path) -> bool:
+    """Whether a reason was left there already."""
+    return "error" in read_result(run)
+
+
 def forget(run: Path) -> None:
     """Remove what an earlier run left in the same folder."""
     (run / RESULT).unlink(missing_ok=True)

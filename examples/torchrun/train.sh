@@ -12,6 +12,7 @@
 #   RUN      name of the run's folder, the same on all machines; on one machine the time
 #   PYTHON   the interpreter (.venv/bin/python, where there is one, else python)
 #
+# On CPUs set OMP_NUM_THREADS, or torchrun gives each process a single thread.
 # The data, the model and the adapters' folder must be the same on every machine: a file system that all of them see.
 # To go on with a run that was stopped: the same command, the same RUN, and resume=runs/torchrun/RUN.
 # On one machine plain `python -m lit_ft trainer.devices=4` does the same without torchrun.

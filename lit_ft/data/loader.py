@@ -24,7 +24,7 @@ class WindowLoader:
         examples: the data set.
         batch_size: examples per optimizer step, over all processes: what the optimizer sees.
         max_tokens: tokens per forward pass: what the memory sees. It does not change the result.
-        layout: `packed` or `padded`.
+        layout: `packed`, `apart` or `padded`, see `lit_ft.data.packing`.
         pad_id: token that fills padded rows.
         shuffle, seed: order of the examples, anew each epoch.
         rank, processes: this process and how many there are.
