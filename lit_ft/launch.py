@@ -28,11 +28,12 @@ _GRACE = 50
 _ASKED = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
 
 
-def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
+def run_processes(count: int, command: Sequence[str], logs: Path, result: Path) -> None:
     """Run `command` in `count` processes on this machine until all have ended well.
 
     The first one's output goes where this process's goes, the others' into files below `logs`. If one fails the others
-    are stopped; a signal to this process goes to all of them.
+    are stopped; a signal to this process goes to all of them. `result` is what is written last: who fails when it is
+    there has failed to end, no more.
 
     Raises:
         SystemExit: a process failed, with its exit code (128 + N for signal N), or this one was asked to stop.
@@ -62,6 +63,8 @@ def run_processes(count: int, command: Sequence[str], logs: Path) -> None:
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
+        if result.exists():
+            return
         raise SystemExit(_explain(error, count, logs)) from None
     except SignalException as stopped:
         raise SystemExit(128 + int(stopped.sigval)) from None
@@ -87,7 +90,8 @@ def train_in_processes(processes: int, runs: Path) -> Adapter:
     # Not in the run's folder, which a process removes that ends before it began: its last words would go with it.
     logs = Path(tempfile.mkdtemp(prefix="lit_ft-"))
     try:
-        run_processes(processes, _same_command(run), logs)
+        (run / RESULT).unlink(missing_ok=True)  # of an earlier run in the same folder
+        run_processes(processes, _same_command(run), logs, run / RESULT)
         return read(Path(json.loads((run / RESULT).read_text(encoding="utf-8"))["path"]))
     except SystemExit as ended:
         note = logs / "last"
