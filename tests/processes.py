@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def run_together(folder: Path, commands: list[list[str]], processes: int = 2, timeout: int = 300) -> list[Outcome]:
     """Run every command in all processes, in `folder`; returns what the first process printed and ended with."""
     (folder / "commands.json").write_text(json.dumps(commands))
-    ports = _free_ports(len(commands))
+    ports = free_ports(len(commands))
     started = []
     for rank in range(processes):
         env = {
@@ -51,7 +51,8 @@ def run_together(folder: Path, commands: list[list[str]], processes: int = 2, ti
     return [Outcome(**one) for one in json.loads((folder / "outcomes.json").read_text())]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, at this moment."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.training import AGREEMENT, chosen_precision, default_max_tokens, machine, say
-from tests.processes import _free_ports
+from tests.processes import free_ports
 
 STRATEGIES = ("ddp", "fsdp", "fsdp_tp")
 # DDP may send its minimum, and for metrics and the flag that ends a run this much more.
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace, precision: str, kind: str) -> list[dict[str
         folder = Path(name)
         asked, answered = folder / "settings.json", folder / "result.json"
         asked.write_text(json.dumps(settings))
-        (port,) = _free_ports(1)
+        (port,) = free_ports(1)
         logs = [folder / f"{rank}.log" for rank in range(processes)]
         try:
             for rank, log in enumerate(logs):
