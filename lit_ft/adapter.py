@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from lit_ft.errors import UserError
 
 CARD = "card.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# The most tokens of a canary: enough to tell adapters apart, few enough that checking costs a server nothing.
+CANARY_TOKENS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _VERSION = re.compile(r"v([1-9][0-9]{0,8})")
 
@@ -49,6 +52,47 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """What the published weights make of a fixed text: a server that finds the same serves what was trained.
+
+    Attributes:
+        tokens: ids of the text, 2 to `CANARY_TOKENS`.
+        logprobs: natural logarithm of the probability of each token but the first after those before it, with the
+            adapter.
+        base_logprobs: the same without the adapter.
+
+    Raises:
+        TypeError, ValueError: these are no such numbers, or not as many.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    base_logprobs: list[float]
+
+    def __post_init__(self) -> None:
+        for key, kind in (("tokens", int), ("logprobs", int | float), ("base_logprobs", int | float)):
+            values = getattr(self, key)
+            # To Python true is a number.
+            if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+                raise TypeError(f"canary.{key} is not a list of numbers")
+        count = len(self.tokens)
+        if not 2 <= count <= CANARY_TOKENS:
+            raise ValueError(f"canary.tokens are {count}, expected 2 to {CANARY_TOKENS}")
+        if min(self.tokens) < 0:
+            raise ValueError("canary.tokens holds a negative id")
+        for key in ("logprobs", "base_logprobs"):
+            if len(getattr(self, key)) != count - 1:
+                raise ValueError(f"canary.{key} are {len(getattr(self, key))}, expected {count - 1}")
+            if not all(map(math.isfinite, getattr(self, key))):
+                raise ValueError(f"canary.{key} holds a value that is not finite")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Canary:
+        """Build a canary from its part of card.json; raises KeyError, TypeError or ValueError on a wrong shape."""
+        return cls(*(values[key] for key in cls.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
 class Card:
     """Everything that a person or a server wants to know of an adapter without opening its weights."""
 
@@ -66,6 +110,7 @@ class Card:
     weights_sha256: str
     servable: bool
     not_servable_reason: str | None = None
+    canary: Canary | None = None
 
     @property
     def ref(self) -> str:
@@ -80,6 +125,8 @@ class Card:
         known["data"] = [DataSource(str(d["source"]), int(d["rows"]), str(d["hash"])) for d in values["data"]]
         known["version"] = int(values["version"])
         known["metrics"] = {str(key): float(value) for key, value in dict(values["metrics"]).items()}
+        if (canary := values.get("canary")) is not None:
+            known["canary"] = Canary.from_dict(canary)
         for key, described in cls.__dataclass_fields__.items():
             if described.default is MISSING and key not in known:
                 raise KeyError(key)
@@ -129,6 +176,7 @@ class Draft:
     versions: dict[str, str] = field(default_factory=dict)
     servable: bool = True
     not_servable_reason: str | None = None
+    canary: Canary | None = None
 
 
 def check_name(name: str) -> str:
@@ -160,20 +208,20 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> Adapter:
-    """Read and check one adapter folder.
+def read(path: Path, verify: bool = True) -> Adapter:
+    """Read and check one adapter folder; without `verify` the weights are not hashed, for a first look at many.
 
     Raises:
         AdapterError: the folder is missing, incomplete, unreadable, not where its card says, or its weights are not
             those that were published.
     """
     try:
-        return _read(path)
+        return _read(path, verify)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read(path: Path) -> Adapter:
+def _read(path: Path, verify: bool) -> Adapter:
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder.")
     if not (path / CARD).is_file():
@@ -188,29 +236,44 @@ def _read(path: Path) -> Adapter:
     wanted = ["adapter_config.json", ADAPTER_WEIGHTS] if card.peft != "full" else ["config.json"]
     if missing := [name for name in wanted if not (path / name).is_file()]:
         raise AdapterError(f"{path} is incomplete: {', '.join(missing)} missing.")
-    if weights_sha256(path) != card.weights_sha256:
+    if verify and weights_sha256(path) != card.weights_sha256:
         raise AdapterError(f"{path}: the weights are not those that were published (SHA-256 differs from the card).")
     return Adapter(path=path, card=card)
 
 
-def _version_folders(root: Path, name: str | None = None) -> list[tuple[str, int, Path]]:
+def version_folders(root: Path, name: str | None = None) -> list[tuple[str, int, Path]]:
+    """Every `<name>/v<N>` folder below `root` (name, number, path), sorted.
+
+    Hidden ones are left out, and what stands in a folder that cannot be read.
+    """
     if not root.is_dir():
         return []
-    names = [root / name] if name else [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     found = []
-    for folder in names:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_dir() and (match := _VERSION.fullmatch(path.name)):
-                found.append((folder.name, int(match.group(1)), path))
+    for one in [name] if name else [folder for folder in _folders(root) if not folder.startswith(".")]:
+        with contextlib.suppress(OSError):
+            for version in _folders(root / one):
+                if match := _VERSION.fullmatch(version):
+                    found.append((one, int(match.group(1)), root / one / version))
     return sorted(found)
 
 
-def scan(root: Path) -> list[Adapter | Broken]:
-    """Every `<name>/v<N>` folder below `root`, sorted by name and version; hidden folders are left out."""
+def _folders(path: Path) -> list[str]:
+    """The names of the folders in `path`; quick, since a server looks through thousands twice a second."""
+    names = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link in a circle
+                if entry.is_dir():
+                    names.append(entry.name)
+    return names
+
+
+def scan(root: Path, verify: bool = True) -> list[Adapter | Broken]:
+    """Every `<name>/v<N>` folder below `root`, sorted by name and version; hidden folders are left out. See `read`."""
     found: list[Adapter | Broken] = []
-    for _, _, path in _version_folders(root):
+    for _, _, path in version_folders(root):
         try:
-            found.append(read(path))
+            found.append(read(path, verify))
         except AdapterError as error:
             found.append(Broken(path=path, reason=str(error)))
     return found
@@ -223,11 +286,11 @@ def find(root: Path, ref: str) -> Adapter:
         AdapterError: there is none, or it cannot be read.
     """
     name, _, version = ref.partition("@")
-    folders = [(number, path) for _, number, path in _version_folders(root, check_name(name))]
+    folders = [(number, path) for _, number, path in version_folders(root, check_name(name))]
     if version:
         folders = [(number, path) for number, path in folders if f"v{number}" == version]
     if not folders:
-        names = sorted({found for found, _, _ in _version_folders(root)})
+        names = sorted({found for found, _, _ in version_folders(root)})
         there = f"There are: {', '.join(names)}." if names else "There are none yet."
         raise AdapterError(f"No adapter {ref!r} in {root}. {there}")
     return read(folders[-1][1])
@@ -237,7 +300,7 @@ def newest(
     root: Path, name: str, algorithm: str, on_broken: Callable[[str], None] = lambda reason: None
 ) -> Adapter | None:
     """The newest readable version of `name` that `algorithm` made, or None; `on_broken` hears what is passed over."""
-    for _, _, path in reversed(_version_folders(root, name)):
+    for _, _, path in reversed(version_folders(root, name)):
         try:
             adapter = read(path)
         except AdapterError as error:
@@ -271,7 +334,7 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 weights_sha256=digest,
             )
-            (staging / CARD).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (staging / CARD).write_text(_as_json(card), "utf-8")
             (staging / "README.md").write_text(model_card(card), "utf-8")
             _flush_all(staging)
             target = root / name / f"v{card.version}"
@@ -296,6 +359,13 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _as_json(card: Card) -> str:
+    """The content of card.json; a list of numbers takes one line, and not one line per number."""
+    text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    # No text of the card can look like that: a line break inside of it is written as \n.
+    return re.sub(r"\[\n([-+.,\deE\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _taken(folder: Path) -> list[int]:

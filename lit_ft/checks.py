@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lit_ft.config import Config, Strategy
-from lit_ft.distributed import started_by_others
+from lit_ft.config import Algorithm, Config, Strategy, trains_on_votes
+from lit_ft.distributed import rank, started_by_others
 from lit_ft.errors import UserError
 
 SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})
@@ -21,6 +21,8 @@ def check_settings(cfg: Config) -> int:
     devices = devices_here(cfg.trainer.accelerator, cfg.trainer.devices)
     _check_nodes(cfg, devices)
     _check_precision(cfg)
+    if trains_on_votes(cfg):
+        _check_votes(cfg)
     _check_strategy(cfg, devices * cfg.trainer.num_nodes)
     if cfg.strategy.kind in SHARDED:
         _check_model(cfg)
@@ -84,6 +86,19 @@ def _check_precision(cfg: Config) -> None:
     from lit_ft.models.precision import check_precision
 
     check_precision(cfg.trainer.precision)
+
+
+def _check_votes(cfg: Config) -> None:
+    """What can be said of votes before it is known which model they must be on."""
+    from lit_ft.data.votes import check_store
+
+    if cfg.algorithm.kind is not Algorithm.dpo:
+        raise UserError(
+            f"data=votes holds preferences, which algorithm={cfg.algorithm.kind.value} cannot use: add +experiment=dpo "
+            "(or algorithm=dpo)."
+        )
+    if not rank():  # which alone reads them
+        check_store(cfg.data.path)
 
 
 def _check_strategy(cfg: Config, processes: int) -> None:

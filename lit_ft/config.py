@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 class Algorithm(Enum):
@@ -156,6 +156,16 @@ class DataConfig:
 
 
 @dataclass
+class VotesConfig(DataConfig):
+    path: str = "votes.db"
+    """The SQLite file in which the server keeps votes."""
+    val_split: float = 0.2
+    """Share of prompts, not of rows, that is held out."""
+    min_votes: int = 20
+    """Different decisive pairs of the base that is trained, below which the run refuses."""
+
+
+@dataclass
 class TrainerConfig:
     accelerator: str = "auto"
     devices: Any = 1
@@ -217,7 +227,8 @@ class Config:
     resume: str | None = None
     """`last`, a checkpoint, or a run's folder."""
     start_from: str = "auto"
-    """`auto`: DPO goes on from the newest SFT adapter of the same name; `none`: the base; or NAME@vN."""
+    """`auto`: DPO goes on from the newest SFT adapter of the same name, and on votes from the newest adapter; `none`:
+    the base; or NAME@vN."""
     objective: str = "eval/loss"
     """The held-out metric by which a sweep compares runs; -METRIC where more is better (-eval/rewards/accuracies)."""
     model: ModelConfig = MISSING
@@ -227,6 +238,11 @@ class Config:
     trainer: TrainerConfig = MISSING
     strategy: StrategyConfig = MISSING
     logger: Any = None
+
+
+def trains_on_votes(cfg: Config) -> bool:
+    """Whether the rows are votes of a preference store (data=votes)."""
+    return OmegaConf.get_type(cfg, "data") is VotesConfig
 
 
 def register_schemas() -> None:
@@ -240,5 +256,6 @@ def register_schemas() -> None:
     store.store(group="algorithm", name="sft_schema", node=SFTConfig)
     store.store(group="algorithm", name="dpo_schema", node=DPOConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
+    store.store(group="data", name="votes_schema", node=VotesConfig)
     store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
     store.store(group="strategy", name="strategy_schema", node=StrategyConfig)

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,24 +16,26 @@ import torch
 from omegaconf import OmegaConf
 
 from lit_ft import adapter as folder
-from lit_ft.adapter import Adapter, Base, Draft
+from lit_ft.adapter import Adapter, Base, Canary, Draft
 from lit_ft.allocator import keep_freed_memory
 from lit_ft.announce import devices_line, first_lines, metric_line, quiet
 from lit_ft.callbacks.interrupt import Interrupted, stopping_on_signals
 from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.checkpoint import before as checkpoint_before
 from lit_ft.checks import SHARDED, check_settings, device_number
-from lit_ft.config import Algorithm, Config, Packing, Peft
+from lit_ft.config import Algorithm, Config, Packing, Peft, trains_on_votes
 from lit_ft.data.chat import ChatEncoder, set_chat_template
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
+from lit_ft.data.votes import Votes, read_votes
 from lit_ft.distributed import agree, as_in_the_first, first_process_first, greatest, join, leave, lost_another, rank
 from lit_ft.errors import UserError
 from lit_ft.launched import LOST_ANOTHER, end_with_launcher, how_to_go_on, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
+from lit_ft.models.canary import canary
 from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
@@ -122,9 +124,11 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     with first_process_first():  # it fills the caches
         base_hash = "sha256:tiny" if cfg.model.tiny else model_fingerprint(cfg.model.id)
 
+    base = Base(_base_id(cfg.model.id), base_hash)
+    votes = agree(lambda: _votes(cfg, base, resumed)) if trains_on_votes(cfg) else None
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
-    data, val = _examples(cfg, tokenizer)
+    data, val = _examples(cfg, tokenizer, votes)
     model = _model(cfg, start, precision)
     begun |= {"model": model, "precision": precision, "max_tokens": max_tokens, "device": device}
     if adapt.is_adapted(model):
@@ -143,8 +147,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     if ranks.size > 1:
         say(devices_line(cfg, model, ranks))
 
-    base = Base(_base_id(cfg.model.id), base_hash)
-    identity = _identity(cfg, base, data)
+    identity = _identity(cfg, base, data, votes)
     if resumed is not None:
         resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
@@ -217,6 +220,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         versions=_versions(),
         servable=reason is None,
         not_servable_reason=reason,
+        canary=_canary(cfg, module.model, tokenizer, precision, device) if reason is None else None,
     )
     write = _writer(cfg, module.model, tokenizer, adapt.trained_state(module.model))
     published = agree(lambda: folder.publish(adapters, draft, write))
@@ -244,7 +248,7 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
     if cfg.start_from == "auto":
         if cfg.algorithm.kind is not Algorithm.dpo or cfg.peft.kind is not Peft.lora:
             return None
-        start = folder.newest(adapters, cfg.name, "sft", on_broken=lambda reason: say(f"left out   {reason}"))
+        start = _newest(adapters, cfg.name, ("sft", "dpo") if trains_on_votes(cfg) else ("sft",))
     else:
         start = folder.find(adapters, cfg.start_from)
     if start is not None and start.card.peft != cfg.peft.kind.value:
@@ -257,7 +261,31 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
     return start
 
 
-def _identity(cfg: Config, base: Base, data: Prepared) -> dict[str, str]:
+def _newest(adapters: Path, name: str, algorithms: Sequence[str]) -> Adapter | None:
+    """The newest readable version of `name` that one of `algorithms` made; says what it passes over."""
+    broken: dict[str, None] = {}  # as keys, since each algorithm's search passes over the same ones
+    found = [folder.newest(adapters, name, algorithm, on_broken=broken.setdefault) for algorithm in algorithms]
+    for reason in broken:
+        say(f"left out   {reason}")
+    return max((one for one in found if one is not None), key=lambda one: one.version, default=None)
+
+
+def _votes(cfg: Config, base: Base, resumed: Resumed | None) -> Votes:
+    """The votes to train on; for a resumed run those that there were when it began."""
+    until = resumed.identity.get("votes.until") if resumed else None
+    votes = read_votes(
+        cfg.data.path,
+        base,
+        min_votes=cfg.data.min_votes,  # type: ignore[attr-defined]
+        val_split=0 if cfg.data.val_path is not None or cfg.data.max_val_rows == 0 else cfg.data.val_split,
+        until=int(until) if until else None,
+        any_weights=cfg.model.tiny,
+    )
+    say(f"votes      {votes.summary}")
+    return votes
+
+
+def _identity(cfg: Config, base: Base, data: Prepared, votes: Votes | None) -> dict[str, str]:
     """What a checkpoint must have in common with the run that resumes it."""
     chosen = {
         f"{group}.{key!s}": str(value)
@@ -275,6 +303,7 @@ def _identity(cfg: Config, base: Base, data: Prepared) -> dict[str, str]:
         "data.chat_template": str(cfg.data.chat_template),
         "data.shuffle": str(cfg.data.shuffle),
         "seed": str(cfg.seed),
+        **({"votes.until": str(votes.newest)} if votes else {}),
     }
 
 
@@ -283,15 +312,15 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if usable else "cpu")
 
 
-def _examples(cfg: Config, tokenizer: Any) -> tuple[Prepared, Prepared | None]:
+def _examples(cfg: Config, tokenizer: Any, votes: Votes | None) -> tuple[Prepared, Prepared | None]:
     encoder = ChatEncoder(tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
     kind: Kind = "preference" if cfg.algorithm.kind is Algorithm.dpo else "sft"
     return load_examples(
-        cfg.data.path,
+        votes.train if votes else cfg.data.path,
         encoder,
         kind,
-        val_path=cfg.data.val_path,
-        val_split=cfg.data.val_split,
+        val_path=votes.held_out if votes and votes.held_out else cfg.data.val_path,
+        val_split=0 if votes else cfg.data.val_split,  # votes come split, by prompt
         split=cfg.data.split,
         held_out_split=cfg.data.held_out_split,
         mix=[Mix(part.path, part.weight, part.split) for part in cfg.data.mix],
@@ -428,6 +457,26 @@ def _module(cfg: Config, model: Any) -> Any:
         reference=algorithm.reference.value,  # type: ignore[attr-defined]
         **shared,
     )
+
+
+def _canary(cfg: Config, model: Any, tokenizer: Any, precision: Precision, device: torch.device) -> Canary | None:
+    """The canary of what is published, or None where none could be made: that is no reason to lose what was trained."""
+    left_in = next(model.parameters()).device  # Lightning brings weights back to main memory
+    moved = left_in != device and not cfg.strategy.cpu_offload
+    try:
+        if moved:
+            model.to(device)
+        autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
+        return canary(model, tokenizer, autocast=autocast, device=device)
+    except Exception as error:
+        if lost_another(error):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        say(f"canary     left out, serving cannot check what it loads by it ({type(error).__name__}: {first})")
+        return None
+    finally:
+        if moved:
+            model.to(left_in)
 
 
 def _what_filled_memory(

@@ -1,8 +1,9 @@
-"""`python -m serve`: adapters, then the engine, then the web page; stops all of it on Ctrl-C or SIGTERM."""
+"""`python -m serve`: adapters, then the engine, then the web server; stops all of it on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -13,16 +14,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from lit_ft.adapter import scan
 from lit_ft.cli import launch
 from lit_ft.errors import UserError
 from serve import base as bases
+from serve.access import Access, check_access
 from serve.config import ServeConfig
-from serve.registry import Survey, judge
+from serve.registry import Rules, rules_for, template_in
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from serve.engine import Engine
+    from serve.votes import VoteStore
 
 BASE_NAME = "base"
 LOOPBACK = "127.0.0.1,localhost,::1"
+RUNS = Path("runs", "serve")
+
+FIRST_PASS_S = 30.0
+"""The address is printed once the adapters that were there are checked, or after this time: the rest follows."""
+
+BALLOT_DAYS = 30.0
+"""How long the server waits for a vote on replies that it has shown."""
 
 
 class Stopped(BaseException):
@@ -30,93 +46,191 @@ class Stopped(BaseException):
 
 
 def serve(cfg: ServeConfig) -> int:
-    """Serve until a signal (0) or the engine's death (1).
+    """Serve until a signal (0), or until the engine cannot be kept running (2).
 
     Raises:
-        UserError: the port or host cannot be used, the model cannot be found, the engine does not start.
+        UserError: the port, host, login or votes file cannot be used, the model cannot be found, the engine does not
+            start or ends again and again.
     """
-    check_host(cfg.host)
+    auth = cfg.auth
+    access = check_access(
+        cfg.host,
+        users=auth.users,
+        header=auth.header,
+        trusted_proxies=auth.trusted_proxies,
+        api_keys=auth.api_keys,
+    )
     check_port(cfg.host, cfg.port)
     bypass_proxies()
     for name in ("httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line for each request says nothing to a person
     try:
         with raising_on_signals():
-            return _serve(cfg)
+            return _serve(cfg, access)
     except Stopped:
         say("Stopped.")
         return 0
 
 
-def _serve(cfg: ServeConfig) -> int:
+def _serve(cfg: ServeConfig, access: Access) -> int:
+    from serve.votes import VoteStore
+
     began = time.monotonic()
+    votes = VoteStore(Path(cfg.votes))
+    votes.prune(BALLOT_DAYS)
     root = Path(cfg.adapters)
-    folders = scan(root)
+    # Weights are hashed when each is checked, which may take minutes for many; the cards suffice to choose the base.
+    folders = scan(root, verify=False)
     base = bases.given(cfg.model) if cfg.model else bases.of_adapters(folders)
-    survey = judge(folders, root, base.hash, cfg.max_lora_rank)
-    report(survey, root, base.id)
+    rules = rules_for(folders, root, base.hash, template_in(Path(base.place)), cfg.max_lora_rank)
+    say(f"Base model: {base.id}")
+    if not folders:
+        say(
+            f"No adapter in {root} yet: this is the base model alone. "
+            "Train one with: python -m lit_ft +experiment=sft. It is served as soon as it is published."
+        )
 
     from serve.engine import Engine
 
-    log_path = Path("runs", "serve", f"engine-{cfg.port}.log")
     engine = Engine(
         base.place,
-        survey.served,
         served_name=BASE_NAME,
         max_loras=cfg.max_loras,
-        max_lora_rank=cfg.max_lora_rank,
+        max_cpu_loras=cfg.max_cpu_loras,
+        max_lora_rank=rules.max_rank,
         max_model_len=cfg.max_model_len,
         dtype=cfg.dtype,
-        log_path=log_path,
+        chat_template=_template_file(rules, cfg.port),
+        log_path=RUNS / f"engine-{cfg.port}.log",
         start_timeout=cfg.start_timeout,
     )
-    page = None
     try:
         with progress_line() as progress:
             engine.start(progress)
-        from serve import app
-        from serve.client import EngineClient
-
-        client = EngineClient(engine.base_url, engine.api_key)
-        about = bases.describe(base, cfg.max_model_len)
-        page = app.build(
-            cfg.title, client, BASE_NAME, about, survey.served, survey.refused, max_model_len=cfg.max_model_len
-        )
-        app.launch(page, cfg.host, cfg.port)
-        sys.stdout.write(f"http://{cfg.host}:{cfg.port}\n")
-        sys.stdout.flush()
-        seconds = time.monotonic() - began
-        say(f"Ready after {seconds:.0f} s: open the address above in a browser; Ctrl-C stops it.")
-        while engine.alive():
-            time.sleep(0.5)
-        last = "\n".join(engine.tail())
-        say(f"error: the engine stopped unexpectedly. The last lines of {log_path}:\n{last}")
-        return 1
+        return asyncio.run(_run(cfg, access, base, rules, engine, votes, began))
     finally:
         ignore_signals()  # a second Ctrl-C must not leave half of it running
-        if page is not None:
-            page.close(verbose=False)
         engine.stop()
+        votes.close()
 
 
-def check_host(host: str) -> None:
-    """Raise UserError unless `host` is this machine talking to itself: the page has no login yet."""
+async def _run(
+    cfg: ServeConfig, access: Access, base: bases.Base, rules: Rules, engine: Engine, votes: VoteStore, began: float
+) -> int:
+    """The pages, the endpoint, the watcher and the supervisor, until a signal or the engine's last end."""
+    from serve import api, app, web
+    from serve.access import Guard, VoterCookie, Voters
+    from serve.choices import Choices
+    from serve.client import EngineClient
+    from serve.fleet import Fleet
+    from serve.gateway import Gateway
+    from serve.limits import Limits
+    from serve.metrics import Metrics
+    from serve.pages.parts import Parts
+    from serve.snapshots import Snapshots
+    from serve.supervisor import Supervisor
+    from serve.watcher import Watcher
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    root = Path(cfg.adapters)
+    metrics = Metrics()
+    client = EngineClient(engine.base_url, engine.api_key)
+    snapshots = Snapshots(client, RUNS / f"adapters-{cfg.port}")
+    fleet = Fleet(
+        snapshots,
+        BASE_NAME,
+        room=engine.max_cpu_loras,
+        keep_versions=cfg.keep_versions,
+        choices=Choices.read(root / ".serving.json"),
+        on_swap=metrics.swapped,
+    )
+    limits = Limits(
+        cfg.limits.requests_per_minute,
+        cfg.limits.requests_per_minute_in_all,
+        cfg.limits.streams,
+        cfg.limits.streams_in_all,
+        cfg.limits.characters,
+    )
+    gateway = Gateway(client, fleet, limits, metrics)
+    voters = Voters(votes.path.with_name(f"{votes.path.name}.secret"))
+    admins = cfg.auth.admins
+
+    def who(request: gr.Request) -> str:
+        if not access.still(request.username):
+            raise UserError("Your account here has been removed. Ask whoever runs this server.")
+        return voters.voter_id(request.username, request.cookies)
+
+    parts = Parts(
+        gateway=gateway,
+        fleet=fleet,
+        votes=votes,
+        metrics=metrics,
+        base=base,
+        base_text=bases.describe(base, cfg.max_model_len),
+        max_model_len=cfg.max_model_len,
+        who=who,
+        may_manage=lambda request: admins is None or request.username in admins,
+    )
+    application = web.assemble(
+        app.build(cfg.title, parts),
+        fleet,
+        metrics,
+        routers=[api.router(gateway, fleet, access.keys)],
+        middleware=[(Guard, {"access": access}), *([(VoterCookie, {})] if access.mode == "open" else [])],
+        may_read_metrics=access.has_key,
+        login=access.gradio(),
+    )
+    watcher = Watcher(root, fleet, client, rules, say)
+    supervisor = Supervisor(engine, client, fleet, snapshots, metrics.engine_restarted, say)
+    async with web.listening(application, cfg.host, cfg.port):
+        ended = [loop.create_task(work) for work in (stop.wait(), supervisor.run(), watcher.run())]
+        try:
+            first = loop.create_task(watcher.first_pass.wait())
+            await asyncio.wait({first, *ended}, timeout=FIRST_PASS_S, return_when=asyncio.FIRST_COMPLETED)
+            first.cancel()
+            sys.stdout.write(f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{cfg.port}\n")
+            sys.stdout.flush()
+            seconds = time.monotonic() - began
+            say(f"Ready after {seconds:.0f} s: open the address above in a browser; Ctrl-C stops it.")
+            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                say("Stopped.")
+                return 0
+            for task in ended:
+                if task.done():
+                    task.result()  # raises what ended it
+            return 1
+        finally:
+            engine.stop()  # also ends a start in progress, which runs in a thread
+            for task in ended:
+                task.cancel()
+            await asyncio.gather(*ended, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await client.close()
+            snapshots.clear()
+
+
+def _template_file(rules: Rules, port: int) -> Path | None:
+    """An adapter's chat template where the engine finds it for as long as it runs; None leaves the base's own."""
+    if rules.template_of == "the base" or rules.template is None:
+        return None
+    path = RUNS / f"chat_template-{port}.jinja"
     try:
-        loopback = host == "localhost" or ipaddress.IPv4Address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise UserError(
-            f"host={host} is not a loopback address. The page has no login yet, so it is only served on this machine: "
-            "use host=127.0.0.1, and from elsewhere an SSH tunnel (ssh -L 7860:127.0.0.1:7860 MACHINE)."
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rules.template, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The chat template cannot be written to {path}: {error.strerror or error}.") from error
+    return path.resolve()
 
 
 def check_port(host: str, port: int) -> None:
     """Raise UserError unless `port` can be listened on. Done first: the engine takes a minute to start."""
     if not 0 < port < 65536:
         raise UserError(f"port={port} is not a port: use a number from 1 to 65535.")
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As the web server does, so that connections of a run that has just ended do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -137,20 +251,6 @@ def bypass_proxies() -> None:
     """Keep requests to this machine away from a proxy named in the environment."""
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(part for part in (os.environ.get(name), LOOPBACK) if part)
-
-
-def report(survey: Survey, root: Path, model_id: str) -> None:
-    """One line for each adapter."""
-    say(f"Base model: {model_id}")
-    for adapter in survey.served:
-        say(f"  serving  {adapter.ref} ({adapter.card.algorithm})")
-    for refused in survey.refused:
-        say(f"  refused  {refused.ref_or_path}: {refused.reason}")
-    if not survey.served:
-        say(
-            f"No adapter to serve in {root}: this is the base model alone. "
-            "Train one with: python -m lit_ft +experiment=sft"
-        )
 
 
 @contextmanager

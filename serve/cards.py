@@ -1,4 +1,4 @@
-"""The panel beside the chat, as HTML: an adapter's card, the base's, and the adapters that are not served."""
+"""The panel beside the chat, as HTML: an adapter's card, or the base's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 
 from lit_ft.adapter import Adapter
-from serve.registry import Refused
+
+BASE = "Base model"
+"""What people call it."""
 
 # The metrics that a stakeholder can use, in the order shown: what each is called, and whether it is a share. The names
 # are TRL's, after the split; the whole list is in the adapter's model card.
@@ -43,12 +45,6 @@ def base_card(title: str, text: str) -> str:
     """The base model, as the server describes it."""
     paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines() if line.strip())
     return f"<div class='card'>{_head(title, 'base')}{paragraphs}</div>"
-
-
-def refused_list(refused: Sequence[Refused]) -> str:
-    """Each adapter that was found and is not served, with the reason."""
-    items = "".join(f"<dt>{html.escape(one.ref_or_path)}</dt><dd>{html.escape(one.reason)}</dd>" for one in refused)
-    return f"<dl class='refused'>{items}</dl>"
 
 
 def metric(name: str, value: float) -> tuple[str, str]:

@@ -6,14 +6,17 @@ import importlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_ft.adapter import Adapter
 from lit_ft.errors import UserError
+from serve.errors import EngineGoneError, UnavailableError, UnknownModelError
 
 if TYPE_CHECKING:
+    import aiohttp
     from openai import APIStatusError, AsyncOpenAI
 
 CONNECT_TIMEOUT_S = 5.0
@@ -21,13 +24,13 @@ READ_TIMEOUT_S = 300.0
 """Between two pieces of a reply; a request may wait its turn that long."""
 
 GONE = (
-    "The engine that runs the models has stopped answering. Wait a moment and try again; "
-    "if it stays so, whoever started the server should look at vLLM's log and start it again."
+    "The engine that runs the models stopped in the middle of this. It is started again by itself, which takes about a "
+    "minute; then send your message once more."
 )
 
 
 class ChatError(UserError):
-    """The engine refused a request, or is gone; the text is for the person at the page."""
+    """The engine refused a request; the text is for the person at the page."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,13 @@ class EngineClient:
         self.base_url = base_url.rstrip("/")
         self._api_key = api_key
         self._made: AsyncOpenAI | None = None
+        self._bytes: aiohttp.ClientSession | None = None
+        self._forwarded: set[aiohttp.ClientResponse] = set()
+
+    async def connect(self, base_url: str) -> None:
+        """Talk to an engine elsewhere from now on: it was started again, on another port."""
+        self.base_url = base_url.rstrip("/")  # first: whoever asks during the close is sent there already
+        await self.close()
 
     @property
     def _client(self) -> AsyncOpenAI:
@@ -90,8 +100,15 @@ class EngineClient:
     async def close(self) -> None:
         """Close all connections; requests in progress are aborted."""
         made, self._made = self._made, None
+        bytes_, self._bytes = self._bytes, None
         if made is not None:
             await made.close()
+        if bytes_ is not None:
+            import aiohttp
+
+            for response in self._forwarded:  # whoever reads them would wait for ever: closing does not wake readers
+                response.content.set_exception(aiohttp.ServerDisconnectedError())
+            await bytes_.close()
 
     async def chat(
         self,
@@ -108,7 +125,8 @@ class EngineClient:
         Close the iterator (`aclose`, `contextlib.aclosing`) to abort the request: the engine stops computing it.
 
         Raises:
-            ChatError: the conversation is too long, the model is not served, or the engine is gone.
+            ChatError: the conversation is too long, or the model is not served.
+            EngineGoneError: the engine ended, before or during the reply.
         """
         import openai
 
@@ -142,13 +160,13 @@ class EngineClient:
         except openai.APIStatusError as error:
             raise await self._refusal(error, model, messages) from error
         except openai.APIConnectionError as error:  # a time-out as well
-            raise ChatError(GONE) from error
+            raise EngineGoneError(GONE) from error
         except openai.APIError as error:  # an error inside the stream
-            raise ChatError(_in_stream(error)) from error
+            raise _in_stream(error) from error
         except _transport().HTTPError as error:  # the connection was cut inside the stream
-            raise ChatError(GONE) from error
+            raise EngineGoneError(GONE) from error
         if reason is None:  # the stream ended without its end
-            raise ChatError(GONE)
+            raise EngineGoneError(GONE)
         tokens = usage.completion_tokens if usage else pieces
         rate = (tokens - 1) / (last - first) if tokens > 1 and last > first else 0.0
         timing = Timing(ttft_s=(first or time.perf_counter()) - began, tokens=tokens, tokens_per_s=rate)
@@ -161,25 +179,66 @@ class EngineClient:
         try:
             return [model.id for model in (await self._client.models.list()).data]
         except openai.APIStatusError as error:
-            raise ChatError(_plain(error)) from error
+            raise _plain(error) from error
         except openai.APIConnectionError as error:
-            raise ChatError(GONE) from error
+            raise EngineGoneError(GONE) from error
 
-    async def load(self, adapter: Adapter) -> None:
-        """Serve one more adapter under its ref; nothing happens if it is served already.
+    @asynccontextmanager
+    async def forward(self, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a chat request as it is, and give the engine's answer as it comes. Leaving aborts the request.
+
+        The endpoint's way: what passes through is neither parsed nor copied, so that it costs next to nothing.
+
+        Raises:
+            EngineGoneError: the engine cannot be reached, or ended during the answer.
+        """
+        import aiohttp
+
+        if self._bytes is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+            self._bytes = aiohttp.ClientSession(
+                timeout=timeout,
+                connector=aiohttp.TCPConnector(limit=0),
+                headers={"Authorization": f"Bearer {self._api_key}"},
+                trust_env=False,
+            )
+        try:
+            async with self._bytes.post(f"{self.base_url}/chat/completions", json=body) as response:
+                self._forwarded.add(response)
+                try:
+                    yield response
+                finally:
+                    self._forwarded.discard(response)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineGoneError(GONE) from error
+
+    async def logprobs(self, model: str, tokens: Sequence[int]) -> list[float]:
+        """The log-probability of each token after the first, given those before it: [len(tokens) - 1], natural log.
+
+        Raises:
+            ChatError: the engine refused, with its reason.
+            EngineGoneError: it ended.
+        """
+        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        status, text = await self._post("/completions", body)
+        if status != 200:
+            raise ChatError(f"The engine could not score a text with {model}: {text}")
+        found = json.loads(text)["choices"][0]["prompt_logprobs"]
+        return [float(at[str(token)]["logprob"]) for at, token in zip(found[1:], tokens[1:], strict=True)]
+
+    async def load(self, ref: str, path: Path) -> None:
+        """Serve the adapter in `path` under `ref`; nothing happens if that is served already.
 
         Raises:
             ChatError: the engine refused it, with its reason.
+            EngineGoneError: it ended.
         """
-        body = {"lora_name": adapter.ref, "lora_path": str(adapter.path.resolve())}
+        body = {"lora_name": ref, "lora_path": str(path)}
         status, text = await self._post("/load_lora_adapter", body)
         if status == 400 and "already" in text:
             return
         if status != 200:
-            raise ChatError(
-                f"The engine could not load {adapter.ref} from {adapter.path}: {text} "
-                "The models served before are served still."
-            )
+            raise ChatError(f"The engine could not load {ref}: {text.replace(str(path), 'its folder')}")
 
     async def unload(self, ref: str) -> None:
         """Stop serving an adapter; nothing happens if it is not served. Let its requests end first."""
@@ -193,11 +252,13 @@ class EngineClient:
         try:
             return 200, await self._client.post(path, cast_to=str, body=body)
         except openai.APIStatusError as error:
+            if error.status_code >= 500 and _dead(_message(error)):
+                raise EngineGoneError(GONE) from error
             return error.status_code, _message(error)
         except openai.APIConnectionError as error:
-            raise ChatError(GONE) from error
+            raise EngineGoneError(GONE) from error
 
-    async def _refusal(self, error: APIStatusError, model: str, messages: Sequence[dict[str, str]]) -> ChatError:
+    async def _refusal(self, error: APIStatusError, model: str, messages: Sequence[dict[str, str]]) -> UserError:
         text = _message(error)
         if error.status_code == 400 and (found := re.search(r"maximum context length is (\d+)", text)):
             limit = int(found[1])
@@ -211,8 +272,8 @@ class EngineClient:
                 "Clear the chat or shorten the message."
             )
         if error.status_code == 404:
-            return ChatError(f"The engine does not serve {model!r} (any more). Choose another model from the list.")
-        return ChatError(_plain(error))
+            return UnknownModelError(f"The engine does not serve {model!r} (any more). Choose another model.")
+        return _plain(error)
 
     async def _count(self, model: str, messages: Sequence[dict[str, str]]) -> int | None:
         """Tokens of a conversation; the engine's own refusal counts only up to its limit."""
@@ -247,15 +308,24 @@ def _message(error: APIStatusError) -> str:
     return str(body or error.message)
 
 
-def _plain(error: APIStatusError) -> str:
+def _plain(error: APIStatusError) -> UserError:
     if error.status_code == 401:
-        return "The engine does not accept this server's key. Another program may listen on its port: start it again."
+        return UnavailableError(
+            "The engine does not accept this server's key. Another program may listen on its port: start it again."
+        )
+    if error.status_code == 503 or (error.status_code >= 500 and _dead(_message(error))):
+        return EngineGoneError(GONE)
     if error.status_code >= 500:
-        return GONE if error.status_code == 503 else f"The engine failed on this request: {_message(error)}"
-    return f"The engine refused this request: {_message(error)}"
+        return ChatError(f"The engine failed on this request: {_message(error)}")
+    return ChatError(f"The engine refused this request: {_message(error)}")
 
 
-def _in_stream(error: Any) -> str:
+def _dead(text: str) -> bool:
+    """Whether vLLM's words mean that its engine process has ended."""
+    return "EngineCore" in text or "EngineDead" in text
+
+
+def _in_stream(error: Any) -> UserError:
     """vLLM reports what goes wrong after the first piece as an event of the stream."""
     text = str(getattr(error, "message", error))
-    return GONE if "EngineCore" in text or "EngineDead" in text else f"The reply broke off: {text}"
+    return EngineGoneError(GONE) if _dead(text) else ChatError(f"The reply broke off: {text}")

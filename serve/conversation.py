@@ -7,6 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serve.votes import Sampling
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a reply came to be: what a vote on it records."""
+
+    ref: str
+    prompt: Sequence[dict[str, str]]
+    """As the engine got it: replies before it may have been edited since."""
+
+    sampling: Sampling
+
 
 @dataclass(frozen=True)
 class Message:
@@ -19,6 +32,13 @@ class Message:
 
     note: str = ""
     """How it went ('0.41 s to first token · 38 tokens/s'), for the same line."""
+
+    origin: Origin | None = None
+    streamed: str | None = None
+    """The whole reply as the model wrote it, once it is whole; `text` may have been edited since."""
+
+    ballot: str = ""
+    """Of a thumb up or down, once there is one."""
 
 
 def for_engine(system: str, history: Sequence[Message]) -> list[dict[str, str]]:

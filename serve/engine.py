@@ -16,10 +16,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from lit_ft.adapter import Adapter
 from lit_ft.errors import UserError
 from serve import keeper
 
@@ -29,15 +28,15 @@ PLUGIN = "lit_ft_lora_ops"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for --max-lora-rank."""
 
-SPARE_ADAPTERS = 4
-"""Room in memory for adapters that are loaded while the server runs."""
-
 TAIL_LINES = 15
 HEALTH_TIMEOUT_S = 5.0
 PORT_ATTEMPTS = 3
 
 # "(EngineCore pid=12) INFO 01-31 23:59:59 [core.py:133] Initializing…": a person wants the end of it.
 _LOG_PREFIX = re.compile(r"^(\([\w-]+ pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
+
+# What the libraries complain of whenever they end.
+_NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\. skipped)|resource_tracker|see the (type|function)")
 
 # Which lines of vLLM's log tell a person how far it has come, and in which words.
 _STAGES = (
@@ -46,7 +45,6 @@ _STAGES = (
     ("Starting to load model", "loading the weights"),
     ("Loading weights took", "preparing adapters and cache"),
     ("init engine", "warming up"),
-    ("Loaded new LoRA adapter", "loading adapters"),
     ("Application startup complete", "ready"),
 )
 
@@ -84,16 +82,17 @@ def round_up_rank(rank: int) -> int:
 def build_command(
     python: str,
     model: str,
-    adapters: Sequence[Adapter],
     *,
     served_name: str,
     port: int,
     max_loras: int,
+    max_cpu_loras: int,
     max_lora_rank: int,
     max_model_len: int,
     dtype: str,
+    chat_template: Path | None,
 ) -> list[str]:
-    """The command that serves `model` as `served_name` and each adapter under its own ref. Holds no secret."""
+    """The command that serves `model` as `served_name`; adapters are loaded once it runs. Holds no secret."""
     command = [
         # -P: a folder named like a package, in the folder of the person who serves, must not be imported.
         *(python, "-P", "-m", MODULE),
@@ -101,27 +100,14 @@ def build_command(
         *("--model", model, "--served-model-name", served_name),
         *("--dtype", dtype, "--max-model-len", str(max_model_len)),
         *("--enable-lora", "--max-loras", str(max_loras)),
-        *("--max-cpu-loras", str(max(max_loras, len(adapters) + SPARE_ADAPTERS))),
+        *("--max-cpu-loras", str(max(max_loras, max_cpu_loras))),
         *("--max-lora-rank", str(max_lora_rank)),
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
     ]
-    if template := _template(adapters):
-        command += ["--chat-template", str(template)]
-    if adapters:
-        # As JSON: the short form NAME=PATH cannot hold every path.
-        modules = [{"name": adapter.ref, "path": str(adapter.path.resolve())} for adapter in adapters]
-        command += ["--lora-modules", *(json.dumps(module) for module in modules)]
+    if chat_template is not None:
+        command += ["--chat-template", str(chat_template)]
     return command
-
-
-def _template(adapters: Sequence[Adapter]) -> Path | None:
-    """The served adapters' chat template, if they bring one: vLLM itself only looks at the base's.
-
-    They bring the same: serve.registry refuses those that differ.
-    """
-    paths = (adapter.path.resolve() / "chat_template.jinja" for adapter in adapters)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _environment(model: str, api_key: str, cpu: bool) -> dict[str, str]:
@@ -180,34 +166,37 @@ class Engine:
     def __init__(
         self,
         model: str,
-        adapters: Sequence[Adapter],
         *,
         served_name: str,
         max_loras: int,
+        max_lora_rank: int,
         max_model_len: int,
         dtype: str,
         log_path: Path,
         start_timeout: float,
-        max_lora_rank: int | None = None,
+        max_cpu_loras: int = 1,
+        chat_template: Path | None = None,
     ) -> None:
         """Nothing is started yet.
 
         Args:
             model: a folder or a Hub id.
-            adapters: served from the start, each under its ref ("support@v1").
             served_name: the base's name in requests.
             max_loras: how many adapters may share one batch.
+            max_lora_rank: the largest rank to make room for.
             max_model_len: tokens of conversation and reply together.
             dtype: "auto" or a type vLLM knows.
-            log_path: vLLM's output; replaced at each start.
+            log_path: vLLM's output; at each start the last one's becomes NAME.before.log.
             start_timeout: seconds until a start counts as failed.
-            max_lora_rank: None takes the largest among the adapters.
+            max_cpu_loras: how many adapters are held in memory.
+            chat_template: a file; None leaves the base's own.
         """
         self.model = model
-        self.adapters = list(adapters)
         self.served_name = served_name
         self.max_loras = max(1, max_loras)
-        self.max_lora_rank = round_up_rank(max_lora_rank or max([_rank(a) for a in self.adapters], default=16))
+        self.max_cpu_loras = max(self.max_loras, max_cpu_loras)
+        self.max_lora_rank = round_up_rank(max_lora_rank)
+        self.chat_template = chat_template
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.log_path = Path(log_path)
@@ -275,23 +264,26 @@ class Engine:
         except OSError:
             return []
         cleaned = (_LOG_PREFIX.sub("", line).rstrip() for line in text.splitlines())
-        return [line for line in cleaned if line.strip()][-lines:]
+        return [line for line in cleaned if line.strip() and not _NOISE.search(line)][-lines:]
 
     def _spawn(self, cpu: bool) -> None:
         self.port = _free_port()
         command = build_command(
             sys.executable,
             self.model,
-            self.adapters,
             served_name=self.served_name,
             port=self.port,
             max_loras=self.max_loras,
+            max_cpu_loras=self.max_cpu_loras,
             max_lora_rank=self.max_lora_rank,
             max_model_len=self.max_model_len,
             dtype=choose_dtype(self.dtype, cpu),
+            chat_template=self.chat_template,
         )
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_path.exists():  # how the last one ended is worth knowing when this one runs
+                self.log_path.replace(self.log_path.with_suffix(".before.log"))
             log = self.log_path.open("wb")
         except OSError as error:
             raise UserError(f"vLLM's log cannot be written to {self.log_path}: {error.strerror or error}.") from error
@@ -326,9 +318,13 @@ class Engine:
                 )
             time.sleep(0.5)
 
+    def healthy(self) -> bool:
+        """Whether it answers within HEALTH_TIMEOUT_S seconds."""
+        return self._get(f"http://{HOST}:{self.port}/health") is not None
+
     def _answers(self) -> bool:
         """Healthy, and it is ours: another server on the same port would not know the key and the model's name."""
-        if self._get(f"http://{HOST}:{self.port}/health") is None:
+        if not self.healthy():
             return False
         models = self._get(f"{self.base_url}/models")
         return models is not None and json.dumps(self.served_name).encode() in models
@@ -359,12 +355,3 @@ class Engine:
 
 class _PortTakenError(Exception):
     """The chosen port was taken before vLLM could use it."""
-
-
-def _rank(adapter: Adapter) -> int:
-    """The largest rank of any layer."""
-    ranks = [adapter.card.rank or 1]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
-        ranks += [int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values())]
-    return max(ranks)

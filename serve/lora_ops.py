@@ -4,8 +4,10 @@ vLLM 0.32 on CPU looks an adapter up per token by ``weights[indices]``. Tokens o
 Python takes as "the last slot": in a mixed batch they get the last slot's adapter. The same look-up copies a whole
 weight matrix per token, which is why it is slow.
 
-Here the tokens of a step are grouped by adapter once, when vLLM announces the step's mapping (`update_metadata`), and
-each linear layer then costs one product per adapter present. Base rows are never touched.
+Here the tokens of a step are grouped by adapter once, when vLLM announces the step's mapping (`update_metadata`). Each
+linear layer keeps the weights of the adapters it has met joined (A of q, k and v in one matrix, B in one matrix of
+blocks, both without the padding to the largest rank), and a step then costs it two products per adapter present. Base
+rows are never touched.
 
 vLLM calls `register` in each of its processes (entry point group ``vllm.general_plugins``).
 """
@@ -20,7 +22,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,9 @@ logger = logging.getLogger("vllm.lit_ft_lora_ops")
 
 KNOWN_TO_WORK = "0.32.0"
 """The versions of vLLM that this was tested with."""
+
+FEW_ROWS = 4
+"""Up to so many rows it is the calls that cost, and one product with all blocks is quicker than one for each block."""
 
 # What the replacement was written against: the parameters of each method of vLLM's class that it overrides or calls.
 EXPECTED = {
@@ -150,37 +155,115 @@ def expand(
         offset += width
 
 
-def linear(
-    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float, widths: Sequence[int], groups: Groups
-) -> None:
+class Weights(NamedTuple):
+    """One adapter's weights in one layer, joined: x @ a @ b is what it adds to all slices of the output."""
+
+    a: Tensor
+    """(in, ranks): A of the slices side by side."""
+    b: Tensor
+    """(ranks, out): B of each slice as a block of its own, and zero elsewhere."""
+    blocks: tuple[tuple[slice, slice, Tensor], ...]
+    """For each slice that the adapter has: its columns of x @ a, its columns of the output, its block of b."""
+
+
+def join(a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int], slot: int, dtype: Any) -> Weights | None:
+    """The weights in one slot of a layer's stacks, one pair of stacks for each slice; None where they add nothing.
+
+    vLLM pads with zeros up to its largest rank and fills the layers and slices that the adapter leaves alone. A rank
+    of which A or B is zero adds nothing, and is left out.
+    """
+    import torch
+
+    parts = []
+    for a_stack, b_stack, width in zip(a, b, widths, strict=True):
+        a_slot, b_slot = _matrix(a_stack, slot, dtype), _matrix(b_stack, slot, dtype)[:width]
+        used = a_slot.any(dim=1) & b_slot.any(dim=0)
+        parts.append((a_slot[used], b_slot[:, used].T))
+    ranks = sum(len(part) for part, _ in parts)
+    if not ranks:
+        return None
+    joined = torch.zeros((ranks, sum(widths)), dtype=dtype, device=b[0].device)
+    blocks = []
+    row = column = 0
+    for (part, block), width in zip(parts, widths, strict=True):
+        if len(part):
+            rows, columns = slice(row, row + len(part)), slice(column, column + width)
+            joined[rows, columns] = block
+            blocks.append((rows, columns, joined[rows, columns]))
+            row = rows.stop
+        column += width
+    return Weights(torch.cat([part for part, _ in parts]).T, joined, tuple(blocks))
+
+
+class Layer:
+    """The stacks of one layer, and the weights of each slot joined when it is first used.
+
+    vLLM writes another adapter into a slot in place. PyTorch counts such writes for each tensor (`_version`), whoever
+    makes them, so a changed count means that what was joined may be old.
+    """
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int]) -> None:
+        self.widths = tuple(widths)
+        self.width = sum(widths)
+        self._a, self._b = tuple(a), tuple(b)
+        self._stacks = (*a, *b)
+        # Tensors made in inference mode have no count: nothing is kept of them.
+        self._counted = not any(stack.is_inference() for stack in self._stacks)
+        self._versions: list[int] = []
+        self._joined: dict[tuple[int, Any], Weights | None] = {}
+
+    def weights(self, slot: int, dtype: Any) -> Weights | None:
+        """The slot's weights as they are now; None where they add nothing."""
+        if not self._counted:
+            return join(self._a, self._b, self.widths, slot, dtype)
+        versions = [stack._version for stack in self._stacks]
+        if versions != self._versions:
+            self._joined.clear()
+            self._versions = versions
+        key = slot, dtype
+        if key not in self._joined:
+            self._joined[key] = join(self._a, self._b, self.widths, slot, dtype)
+        return self._joined[key]
+
+
+def linear(y: Tensor, x: Tensor, layer: Layer, scale: float, groups: Groups) -> None:
     """y[i, slice] += scale * B[slot(i)] @ A[slot(i)] @ x[i] for all slices: the whole of LoRA for one linear layer.
 
     Unlike `shrink` and then `expand`, it needs no buffer for all rows and gathers and scatters the rows only once.
     """
-    import torch
-
     groups = _fit(groups, x.shape[0])
-    if not groups.segments:
+    present = []
+    for slot, start, stop in groups.segments:
+        if (weights := layer.weights(slot, y.dtype)) is not None:
+            present.append((weights, start, stop))
+    if not present:
         return
-    x = x if x.dtype == y.dtype else x.to(y.dtype)
+    if x.dtype != y.dtype:
+        x = x.to(y.dtype)
+    if y.shape[1] != layer.width:
+        y = y[:, : layer.width]
     if groups.rows is None:
-        for slot, start, stop in groups.segments:
-            offset = 0
-            for a_stack, b_stack, width in zip(a, b, widths, strict=True):
-                hidden = x[start:stop] @ _matrix(a_stack, slot, y.dtype).T
-                y[start:stop, offset : offset + width].addmm_(hidden, _matrix(b_stack, slot, y.dtype).T, alpha=scale)
-                offset += width
+        for weights, start, stop in present:
+            if stop - start == groups.count:
+                _add(y, x, weights, scale)
+            else:
+                _add(y[start:stop], x[start:stop], weights, scale)
         return
     x = x.index_select(0, groups.rows)
-    total = sum(widths)
-    delta = torch.empty((x.shape[0], total), dtype=y.dtype, device=y.device)
-    for slot, start, stop in groups.segments:
-        offset = 0
-        for a_stack, b_stack, width in zip(a, b, widths, strict=True):
-            hidden = x[start:stop] @ _matrix(a_stack, slot, y.dtype).T
-            torch.mm(hidden, _matrix(b_stack, slot, y.dtype).T, out=delta[start:stop, offset : offset + width])
-            offset += width
-    y[:, :total].index_add_(0, groups.rows, delta, alpha=scale)
+    delta = y.new_zeros((x.shape[0], layer.width))
+    for weights, start, stop in present:
+        _add(delta[start:stop], x[start:stop], weights, scale)
+    y.index_add_(0, groups.rows, delta)
+
+
+def _add(y: Tensor, x: Tensor, weights: Weights, scale: float) -> None:
+    """y += scale * x @ a @ b."""
+    hidden = x.mm(weights.a)
+    if len(x) <= FEW_ROWS:
+        y.addmm_(hidden, weights.b, alpha=scale)
+        return
+    for ranks, columns, block in weights.blocks:
+        y[:, columns].addmm_(hidden[:, ranks], block, alpha=scale)
 
 
 @functools.cache
@@ -194,6 +277,7 @@ def _wrapper(base: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._token_groups = self._sampler_groups = Groups(1, (), None)
+            self._layers: dict[tuple[int, int, int], Layer] = {}
 
         def update_metadata(
             self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -226,7 +310,8 @@ def _wrapper(base: type) -> type:
             output_slices: tuple[int, ...], *, buffer: Any = None, **kwargs: Any,
         ) -> None:  # fmt: skip
             if buffer is None:
-                linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self._token_groups)
+                if self._token_groups.segments:
+                    linear(y, x, self._layer(lora_a_stacked, lora_b_stacked, output_slices), scale, self._token_groups)
             else:  # the caller wants to see the shrunk rows
                 self.add_shrink(buffer, x, lora_a_stacked, scale)
                 self.add_expand(y, buffer, lora_b_stacked, output_slices)
@@ -237,9 +322,20 @@ def _wrapper(base: type) -> type:
         ) -> None:  # fmt: skip
             y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
             if buffer is None:
-                buffer = torch.empty((x.shape[0], lora_b_stacked.shape[-1]), dtype=torch.float32, device=x.device)
-            shrink(buffer, x, lora_a_stacked, self._sampler_groups, scale)
-            expand(y, [buffer], [lora_b_stacked], [lora_b_stacked.shape[-2]], 0, self._sampler_groups)
+                # The model and the adapter may pad the vocabulary differently: write what both have.
+                width = min(lora_b_stacked.shape[-2], y.shape[-1])
+                layer = self._layer((lora_a_stacked,), (lora_b_stacked,), (width,))
+                linear(y, x, layer, scale, self._sampler_groups)
+            else:  # the caller wants to see the shrunk rows
+                shrink(buffer, x, lora_a_stacked, self._sampler_groups, scale)
+                expand(y, [buffer], [lora_b_stacked], [lora_b_stacked.shape[-2]], 0, self._sampler_groups)
+
+        def _layer(self, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int]) -> Layer:
+            """The layer with these stacks. It holds them, so that their ids stay theirs."""
+            key = id(a[0]), id(b[0]), widths[0]
+            if key not in self._layers:
+                self._layers[key] = Layer(a, b, widths)
+            return self._layers[key]
 
         def apply_lora_full_linear(
             self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor

@@ -1,4 +1,4 @@
-"""Which of the published adapters this base can serve, and for each of the others the reason why not."""
+"""Which published adapters a server can serve, and for each of the others the reason why not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_ft.adapter import Adapter, Broken
 from serve.origin import on_a_local_model
@@ -14,74 +15,83 @@ from serve.origin import on_a_local_model
 # The largest rank that vLLM 0.32 accepts for --max-lora-rank.
 ENGINE_MAX_RANK = 512
 
+MIN_RANK = 16
+"""Room made for adapters that are published later, where none is there yet: the rank that `peft=lora` trains."""
+
 # The name becomes a model name in requests and text on a page: no slashes, no leading dot, nothing odd.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Refused:
-    """An adapter that is not served."""
+class Rules:
+    """What one server can serve; fixed when its engine starts."""
 
-    ref_or_path: str
-    """`support@v3` where the card could be trusted for that, else the folder."""
+    base_hash: str
+    """The fingerprint of its base."""
 
-    reason: str
-    """A sentence for the person who published it."""
+    max_rank: int
+    """The largest LoRA rank that it made room for."""
 
+    template: str | None
+    """The chat template that it applies to every request; None where there is none."""
 
-@dataclass(frozen=True)
-class Survey:
-    """Every adapter folder found, in one of two lists."""
-
-    served: list[Adapter]
-    """Newest first."""
-
-    refused: list[Refused]
+    template_of: str
+    """Whose that is, for a sentence: `support@v2`, or `the base`."""
 
 
-def judge(folders: Iterable[Adapter | Broken], adapters_root: Path, base_hash: str, max_rank: int | None) -> Survey:
-    """Sort scanned folders into served and refused; no single bad one stops the others.
+def rules_for(
+    folders: Iterable[Adapter | Broken], root: Path, base_hash: str, base_template: str | None, max_rank: int | None
+) -> Rules:
+    """The rules under which the newest adapter can be served, and as many others as possible.
 
     Args:
-        folders: what `lit_ft.adapter.scan` found (it hashes all weights, so it is done once, by the caller).
-        adapters_root: the folder that was scanned.
+        folders: what `lit_ft.adapter.scan` found; the weights need not have been verified.
+        root: the folder that was scanned.
         base_hash: the fingerprint of the base model that will be served.
-        max_rank: the largest LoRA rank to make room for; None means as large as the engine can.
+        base_template: the base's own chat template.
+        max_rank: the largest LoRA rank to make room for; None makes room for those found, and for MIN_RANK.
     """
-    served: list[Adapter] = []
-    refused: list[Refused] = []
-    for found in folders:
-        if isinstance(found, Broken):
-            refused.append(Refused(_relative(found.path, adapters_root), found.reason))
-            continue
-        reason = next(_objections(found, adapters_root, base_hash, max_rank), None)
-        if reason is None:
-            served.append(found)
-        elif _named_as_its_folder(found):
-            refused.append(Refused(found.ref, reason))
-        else:
-            refused.append(Refused(_relative(found.path, adapters_root), reason))
-    served.sort(key=newest_first)
+    open_to_all = Rules(base_hash, ENGINE_MAX_RANK if max_rank is None else max_rank, None, "")
+    adapters = [found for found in folders if isinstance(found, Adapter)]
+    fit = sorted((one for one in adapters if next(_objections(one, root, open_to_all), None) is None), key=newest_first)
+    rank = max_rank if max_rank is not None else max([MIN_RANK, *(_rank(one) or 0 for one in fit)])
     # The newest decides, since it is the one that the page offers first.
-    alike = [one for one in served if chat_template(one) == chat_template(served[0])]
-    refused += [Refused(one.ref, _other_template(served[0])) for one in served if one not in alike]
-    return Survey(alike, refused)
+    for adapter in fit:
+        if (template := chat_template(adapter)) is not None:
+            return Rules(base_hash, rank, template, adapter.ref)
+    return Rules(base_hash, rank, base_template, "the base")
 
 
-def chat_template(adapter: Adapter) -> bytes | None:
-    """The template that the adapter was trained with; None where it brings none."""
+def objection(adapter: Adapter, root: Path, rules: Rules) -> str:
+    """Why a server under these rules must not serve it, in a sentence for whom published it; empty if it may."""
+    reason = next(_objections(adapter, root, rules), None)
+    template = chat_template(adapter)
+    if reason is None and template is not None and template != rules.template:
+        reason = (
+            f"It was trained with another chat template than {rules.template_of}, and a server has one template for "
+            "all: with the wrong one its answers would suffer. Put it into an adapters folder of its own and serve "
+            "that with a second server: python -m serve adapters=FOLDER port=7861."
+        )
+    return reason or ""
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template in a model's or adapter's folder, where transformers keeps it; None if there is none."""
     try:
-        return (adapter.path / "chat_template.jinja").read_bytes()
-    except OSError:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        pass
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = config.get("chat_template")
+    except (OSError, ValueError, AttributeError):
         return None
+    return template if isinstance(template, str) else None
 
 
-def _other_template(newest: Adapter) -> str:
-    return (
-        f"It was trained with another chat template than {newest.ref}, the newest one here, and a server has one "
-        "template for all: with the wrong one its answers would suffer. Put it into an adapters folder of its own "
-        "and serve that with a second server: python -m serve adapters=FOLDER port=7861."
-    )
+def chat_template(adapter: Adapter) -> str | None:
+    """The template that the adapter was trained with; None where it brings none."""
+    return template_in(adapter.path)
 
 
 def newest_first(adapter: Adapter) -> tuple[float, str, int]:
@@ -97,7 +107,7 @@ def newest_first(adapter: Adapter) -> tuple[float, str, int]:
     return (-created.timestamp(), adapter.name, -adapter.version)
 
 
-def _objections(adapter: Adapter, root: Path, base_hash: str, max_rank: int | None) -> Iterator[str]:
+def _objections(adapter: Adapter, root: Path, rules: Rules) -> Iterator[str]:
     card = adapter.card
     if not NAME.fullmatch(adapter.name) or not _named_as_its_folder(adapter):
         yield (
@@ -105,11 +115,12 @@ def _objections(adapter: Adapter, root: Path, base_hash: str, max_rank: int | No
             "names are letters, digits, '.', '_' and '-', and must be those of the folder. Publish it again."
         )
         return
-    if not adapter.path.resolve().is_relative_to(root.resolve()):
-        yield "Its folder is a link that leads out of the adapters folder. Copy the files there instead."
+    inside = [adapter.path, *adapter.path.iterdir()] if adapter.path.is_dir() else [adapter.path]
+    if not all(path.resolve().is_relative_to(root.resolve()) for path in inside):
+        yield "It is, or holds, a link that leads out of the adapters folder. Copy the files there instead."
     if not card.servable:
         yield card.not_servable_reason or "Its card says that it cannot be served as an adapter; it gives no reason."
-    if card.base.hash != base_hash:
+    if card.base.hash != rules.base_hash:
         if on_a_local_model(adapter):
             which, remedy = (
                 f"the local model {card.base.id!r}",
@@ -119,32 +130,52 @@ def _objections(adapter: Adapter, root: Path, base_hash: str, max_rank: int | No
             which, remedy = card.base.id, f"Serve it with model={card.base.id}"
         yield (
             f"It was trained on another base: {which} ({_short(card.base.hash)}), "
-            f"while this one is {_short(base_hash)}. {remedy}."
+            f"while this one is {_short(rules.base_hash)}. {remedy}."
         )
-    rank, limit = _rank(adapter), ENGINE_MAX_RANK if max_rank is None else min(max_rank, ENGINE_MAX_RANK)
+    config = _config(adapter)
+    rank, limit = _rank(adapter), min(rules.max_rank, ENGINE_MAX_RANK)
     if rank is None:
         yield "Its adapter_config.json gives no rank that can be read. Publish it again."
     elif rank > limit:
         remedy = f"Start with max_lora_rank={rank}" if rank <= ENGINE_MAX_RANK else "Train a smaller rank or merge it"
         yield f"Its rank {rank} is above the maximum of {limit}. {remedy}."
+    for key, fine, what in _REFUSED_BY_ENGINE:
+        if config.get(key) not in fine:
+            given = f"{key}={json.dumps(config[key])}"
+            yield f"vLLM does not serve {what} ({given}). Merge it into its base, or train without."
+
+
+# What vLLM 0.32 refuses, or computes without: the key of adapter_config.json, the values that are fine, a name.
+_REFUSED_BY_ENGINE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("peft_type", ("LORA", None), "adapters other than LoRA"),
+    ("use_dora", (False, None), "DoRA"),
+    ("bias", ("none", None), "trained biases"),
+    ("modules_to_save", (None, []), "whole modules trained beside the adapter"),
+    ("alora_invocation_tokens", (None, []), "activated LoRA"),
+    ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"), "adapters that change their base"),
+)
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    try:
+        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _rank(adapter: Adapter) -> int | None:
     """The largest rank of any layer: what the engine must make room for. The card's number is only the usual one."""
+    config = _config(adapter)
     try:
-        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values(), adapter.card.rank or 0]
         return max(int(rank) for rank in ranks)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
 def _named_as_its_folder(adapter: Adapter) -> bool:
     return (adapter.name, f"v{adapter.version}") == (adapter.path.parent.name, adapter.path.name)
-
-
-def _relative(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _short(digest: str) -> str:

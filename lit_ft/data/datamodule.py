@@ -15,7 +15,7 @@ import lightning as L
 from lit_ft.adapter import DataSource
 from lit_ft.batches import Completion, Example
 from lit_ft.data.chat import ChatEncoder
-from lit_ft.data.files import Row, Source, held_out_source, open_source
+from lit_ft.data.files import Row, Source, hash_rows, held_out_source, open_source
 from lit_ft.data.formats import Kind, RowError, formats, to_record
 from lit_ft.data.loader import WindowLoader
 from lit_ft.data.packing import Layout
@@ -77,6 +77,7 @@ def prepare(
         UserError: no row has the keys of a known format, none is left, or more than `max_dropped` of them are dropped.
     """
     examples: list[Example] = []
+    kept: list[Row] = []
     dropped: Counter[str] = Counter()
     rows = source.rows if max_rows is None else [source.rows[k] for k in range(min(max_rows, len(source.rows)))]
     first: dict[str, str] = {}
@@ -89,6 +90,8 @@ def prepare(
                 raise RowError("with unknown keys")
             example = encoder.encode(record, index=len(examples))
             examples.append(_fit(example, max_length, overflow))
+            if source.live:
+                kept.append(row)
         except RowError as reason:
             dropped[str(reason)] += 1
             first.setdefault(str(reason), where)
@@ -101,7 +104,8 @@ def prepare(
             f"{first_unknown}, which is no known {kind} format. Accepted are {accepted}. Other names are mapped with "
             "data.columns, e.g. 'data.columns={prompt: question, completion: answer}'."
         )
-    result = Prepared(examples, [DataSource(source.name, len(examples), source.hash)], dropped)
+    content = hash_rows(kept) if source.live else source.hash
+    result = Prepared(examples, [DataSource(source.name, len(examples), content)], dropped)
     if not examples or sum(dropped.values()) > max_dropped * total:
         reasons = "; ".join(f"{count} {reason}, first {first[reason]}" for reason, count in dropped.most_common())
         raise UserError(
@@ -155,11 +159,11 @@ def mixed(main: Prepared, others: Sequence[tuple[Prepared, float]], seed: int) -
 
 
 def load_examples(
-    path: str | Sequence[Row],
+    path: str | Sequence[Row] | Source,
     encoder: ChatEncoder,
     kind: Kind,
     *,
-    val_path: str | Sequence[Row] | None = None,
+    val_path: str | Sequence[Row] | Source | None = None,
     val_split: float = 0.1,
     split: str = "train",
     held_out_split: str = "validation",

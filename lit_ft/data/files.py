@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from lit_ft.errors import UserError
 
 Row = dict[str, Any]
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+# Preference stores, which lit_ft/data/votes.py reads.
+DATABASES = (".db", ".sqlite", ".sqlite3")
 # Names under which a folder's held-out rows are found, beside `train.*`.
 HELD_OUT = ("heldout", "validation", "val", "test")
 EXAMPLES = "examples:"
@@ -24,11 +26,21 @@ EXAMPLES = "examples:"
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one origin, with the place of each (`file:line`), and a hash of the whole."""
+    """Rows of one origin, with the place of each (`file:line`), and a hash of the whole.
+
+    `live` where the origin goes on growing: what was trained on is then told by the hash of the rows kept.
+    """
 
     name: str
     hash: str
     rows: Sequence[tuple[str, Row]]
+    live: bool = False
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """`sha256:…` over the content of rows, whatever the order of their keys."""
+    text = json.dumps(list(rows), sort_keys=True, default=str).encode()
+    return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 
 def examples_folder() -> Path:
@@ -38,20 +50,22 @@ def examples_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "examples" / "data"
 
 
-def open_source(origin: str | Sequence[Row], split: str = "train") -> Source:
+def open_source(origin: str | Sequence[Row] | Source, split: str = "train") -> Source:
     """Read one origin.
 
     Args:
-        origin: a file, a folder with `train.*`, `examples:NAME` for the project's own data, a Hub id, or rows.
+        origin: a file, a folder with `train.*`, `examples:NAME` for the project's own data, a Hub id, rows, or a
+            source that is open already.
         split: which file of a folder, or which split of a Hub data set.
 
     Raises:
         UserError: the file does not exist, a line cannot be read (with its number), or the Hub cannot be reached.
     """
+    if isinstance(origin, Source):
+        return origin
     if not isinstance(origin, str):
         rows = [(where, _need_object(row, where)) for where, row in _placed("row ", origin)]
-        text = json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()
-        return Source("python", f"sha256:{hashlib.sha256(text).hexdigest()}", rows)
+        return Source("python", hash_rows(row for _, row in rows), rows)
     path = _local(origin)
     if path is None:
         return _from_hub(origin, split)
@@ -59,7 +73,8 @@ def open_source(origin: str | Sequence[Row], split: str = "train") -> Source:
         path = _in_folder(path, (split,))
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix)
     if reader is None:
-        raise UserError(f"data.path={origin}: the ending {path.suffix!r} is none of {', '.join(ENDINGS)}.")
+        votes = " A server's votes are read with data=votes data.path=FILE." if path.suffix in DATABASES else ""
+        raise UserError(f"data.path={origin}: the ending {path.suffix!r} is none of {', '.join(ENDINGS)}.{votes}")
     name = origin if origin.startswith(EXAMPLES) else path.name
     try:
         return Source(name, f"sha256:{sha256_file(path)}", reader(path))

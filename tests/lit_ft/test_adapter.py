@@ -93,6 +93,7 @@ def test_the_card_says_what_was_published(tmp_path: Path) -> None:
         "weights_sha256": hashlib.sha256(WEIGHTS).hexdigest(),
         "servable": False,
         "not_servable_reason": "DoRA",
+        "canary": None,
     }
     assert read(made.path) == made
 

@@ -18,7 +18,9 @@ import torch
 
 from lit_ft import adapter
 from lit_ft.cli import conf_folder
+from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
+from tests.lit_ft.test_votes import questions, write_store
 
 GROUPS = ("model", "peft", "algorithm", "data", "trainer", "strategy", "logger")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_folder() / group).glob("*.yaml"))]
@@ -81,6 +83,14 @@ def test_experiment_runs_two_steps(
     assert "tokens/s" in done.err and "⟦" in done.err and "rows kept" in done.err
     (run,) = Path("runs", published.name).iterdir()
     assert list(run.glob("tensorboard/events.*")) and list(run.glob("csv/metrics.csv"))
+
+
+def test_dpo_runs_two_steps_on_votes(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
+    base = adapter.Base(llama_folder.name, model_fingerprint(str(llama_folder)))
+    write_store(Path("votes.db"), questions(30), base)
+    done = cli("+experiment=dpo", "data=votes", f"model.id={llama_folder}", *TINY)
+    assert done.code == 0, done.err
+    assert adapter.read(Path(done.out.strip())).card.metrics["eval/loss"] > 0
 
 
 def test_a_real_process_says_the_folder_and_nothing_else(tmp_path: Path, llama_folder: Path) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from lit_ft.adapter import Adapter, read, sha256_file
 
 BASE_HASH = "sha256:" + "ba5e" * 16
+# What a card may hold as its `canary`, which those made here lack unless it is given.
+CANARY: dict[str, Any] = {"tokens": [5, 17, 40], "logprobs": [-1.25, -0.5], "base_logprobs": [-3.5, -2.75]}
 
 
 def folder(root: Path, name: str = "support", version: int = 1, **changes: Any) -> Path:

@@ -29,6 +29,15 @@ class Stub:
     reply: str | None = None
     """Answer exactly this; else name the model and echo the question."""
 
+    logprobs: dict[str, list[float]] = field(default_factory=dict)
+    """What a model scores a text with; else -1 per token for the base, and something of its own for an adapter."""
+
+    refuse: dict[str, str] = field(default_factory=dict)
+    """Adapters that cannot be loaded, with vLLM's words."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    """Where each adapter that was ever loaded lay."""
+
     requests: list[dict[str, Any]] = field(default_factory=list)
     finished: int = 0
     aborted: int = 0
@@ -69,6 +78,9 @@ def build(stub: Stub) -> FastAPI:
     async def load(body: dict[str, Any]) -> Response:
         if body["lora_name"] in stub.models:
             return error(400, f"The lora adapter '{body['lora_name']}' has already been loaded.", "InvalidUserInput")
+        if words := stub.refuse.get(body["lora_name"]):
+            return error(500, words, "InternalServerError")
+        stub.paths[body["lora_name"]] = body["lora_path"]
         stub.models.append(body["lora_name"])
         return Response(f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
 
@@ -78,6 +90,15 @@ def build(stub: Stub) -> FastAPI:
             return error(404, f"The lora adapter '{body['lora_name']}' cannot be found.", "NotFoundError")
         stub.models.remove(body["lora_name"])
         return Response(f"Success: LoRA adapter '{body['lora_name']}' removed successfully.")
+
+    @app.post("/v1/completions")
+    async def score(body: dict[str, Any]) -> Response:
+        if body["model"] not in stub.models:
+            return error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        tokens = body["prompt"]
+        own = stub.logprobs.get(body["model"]) or [-1.0 - 0.01 * (len(body["model"]) - 4)] * (len(tokens) - 1)
+        scored = [{str(token): {"logprob": value, "rank": 1}} for token, value in zip(tokens[1:], own, strict=True)]
+        return JSONResponse({"choices": [{"text": "", "prompt_logprobs": [None, *scored]}]})
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -133,11 +154,12 @@ async def stream(stub: Stub, body: dict[str, Any], pieces: list[str], prompt: in
 
 
 @contextmanager
-def running(models: list[str], **behaviour: Any) -> Iterator[Stub]:
-    """A stub on a free loopback port, in a thread of this process."""
+def running(models: list[str], *, port: int = 0, **behaviour: Any) -> Iterator[Stub]:
+    """A stub on a loopback port (0: a free one), in a thread of this process."""
     stub = Stub(models=list(models), **behaviour)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     stub.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     stub.server = uvicorn.Server(uvicorn.Config(build(stub), log_level="warning", timeout_graceful_shutdown=1))
     stub.thread = threading.Thread(target=stub.server.run, kwargs={"sockets": [listener]}, daemon=True)

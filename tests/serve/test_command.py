@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -65,5 +66,5 @@ def test_a_model_folder_that_is_missing(tmp_path: Path) -> None:
 def test_the_two_places_of_the_defaults_agree() -> None:
     written = yaml.safe_load((ROOT / "conf" / "serve.yaml").read_text())
     settings = {key: value for key, value in written.items() if key not in ("defaults", "hydra")}
-    assert settings == vars(ServeConfig())
+    assert settings == asdict(ServeConfig())
     assert settings["title"] == "lit_ft chat"

@@ -8,40 +8,43 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lit_ft.adapter import Adapter, Base, Draft, publish
 from lit_ft.errors import UserError
+from serve import canary as canary_module
 from serve import engine as engine_module
 from serve.client import ChatError, EngineClient
 from serve.engine import Engine, build_command, choose_dtype, round_up_rank
+from serve.errors import EngineGoneError, UnavailableError, UnknownModelError
+from serve.gateway import Raw, Tally
 
-ENGINE = {"max_loras": 2, "max_model_len": 512, "dtype": "float32", "start_timeout": 500.0}
+ENGINE: dict[str, Any] = {
+    "max_loras": 2,
+    "max_lora_rank": 16,
+    "max_model_len": 512,
+    "dtype": "float32",
+    "start_timeout": 500.0,
+}
 
 
-def fake_adapter(path: Path, ref: str = "support@v1", rank: int = 16) -> Any:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").write_text(json.dumps({"r": rank, "rank_pattern": {}}))
-    return SimpleNamespace(ref=ref, path=path, card=SimpleNamespace(rank=rank))
-
-
-def command(adapters: list[Any], **changes: Any) -> list[str]:
+def command(**changes: Any) -> list[str]:
     settings = {
-        "served_name": "base", "port": 1234, "max_loras": 4, "max_lora_rank": 16, "max_model_len": 2048,
-        "dtype": "float32",
+        "served_name": "base", "port": 1234, "max_loras": 4, "max_cpu_loras": 32, "max_lora_rank": 16,
+        "max_model_len": 2048, "dtype": "float32", "chat_template": None,
     }  # fmt: skip
-    return build_command("python", "model", adapters, **{**settings, **changes})
+    return build_command("python", "model", **{**settings, **changes})
 
 
 def option(arguments: list[str], name: str) -> str:
@@ -70,24 +73,27 @@ def gone(pgid: int, within: float = 30.0) -> bool:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_serves_the_base_and_each_adapter_under_its_ref(tmp_path: Path) -> None:
-    adapters = [fake_adapter(tmp_path / f"odd =, name {i}", f"support@v{i}") for i in range(6)]
-    made = command(adapters)
+def test_the_command_serves_the_base_and_leaves_adapters_to_later() -> None:
+    made = command()
     assert option(made, "--host") == "127.0.0.1" and option(made, "--port") == "1234"
-    assert option(made, "--served-model-name") == "base" and option(made, "--max-loras") == "4"
-    assert int(option(made, "--max-cpu-loras")) >= len(adapters)
-    modules = [json.loads(text) for text in made[made.index("--lora-modules") + 1 :]]
-    assert modules == [{"name": a.ref, "path": str(a.path)} for a in adapters]
+    assert option(made, "--model") == "model" and option(made, "--served-model-name") == "base"
+    assert "--enable-lora" in made and "--lora-modules" not in made
+    assert option(made, "--max-loras") == "4" and option(made, "--max-cpu-loras") == "32"
+    assert option(made, "--max-lora-rank") == "16" and option(made, "--max-model-len") == "2048"
     assert "--api-key" not in made
-    assert "--lora-modules" not in command([])
 
 
-def test_the_template_of_the_adapters_is_served_if_they_bring_one(tmp_path: Path) -> None:
-    one, two = (fake_adapter(tmp_path / str(i), f"support@v{i}") for i in (1, 2))
-    assert "--chat-template" not in command([]) and "--chat-template" not in command([one, two])
-    for adapter in (one, two):
-        (adapter.path / "chat_template.jinja").write_text("{{ messages }}")
-    assert option(command([one, two]), "--chat-template") == str(one.path / "chat_template.jinja")
+def test_no_fewer_adapters_are_held_than_may_share_a_batch(tmp_path: Path) -> None:
+    """vLLM refuses max_cpu_loras below max_loras."""
+    assert option(command(max_loras=8, max_cpu_loras=2), "--max-cpu-loras") == "8"
+    assert engine(tmp_path, max_loras=8, max_cpu_loras=2).max_cpu_loras == 8
+    assert engine(tmp_path, max_loras=2, max_cpu_loras=9).max_cpu_loras == 9
+    assert engine(tmp_path, max_loras=0).max_loras == 1
+
+
+def test_a_template_is_served_if_there_is_one(tmp_path: Path) -> None:
+    assert "--chat-template" not in command()
+    assert option(command(chat_template=tmp_path / "odd =, name"), "--chat-template") == str(tmp_path / "odd =, name")
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (300, 320), (512, 512)])
@@ -100,13 +106,13 @@ def test_a_rank_beyond_vllm_says_what_to_do() -> None:
         round_up_rank(513)
 
 
-def test_the_rank_is_the_largest_of_all_layers_and_adapters(tmp_path: Path) -> None:
-    adapters = [fake_adapter(tmp_path / "1", rank=4), fake_adapter(tmp_path / "2", "support@v2", rank=9)]
-    made = {"served_name": "base", "log_path": tmp_path / "log", **ENGINE}
-    assert Engine("model", adapters, **made).max_lora_rank == 16
-    (tmp_path / "1" / "adapter_config.json").write_text(json.dumps({"r": 4, "rank_pattern": {"q_proj": 60}}))
-    assert Engine("model", adapters, **made).max_lora_rank == 64
-    assert Engine("model", adapters, **made, max_lora_rank=100).max_lora_rank == 128
+def test_the_engine_makes_room_for_the_rank_it_is_given(tmp_path: Path) -> None:
+    """How large that must be is `serve.registry.rules_for`'s to say; the engine rounds it up."""
+    assert engine(tmp_path).max_lora_rank == 16
+    assert engine(tmp_path, max_lora_rank=9).max_lora_rank == 16
+    assert engine(tmp_path, max_lora_rank=100).max_lora_rank == 128
+    with pytest.raises(UserError, match="max_lora_rank=513"):
+        engine(tmp_path, max_lora_rank=513)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_bfloat16_only_where_the_cpu_has_it(flags: str, dtype: str, monkeypatch:
 
 
 def engine(tmp_path: Path, model: str = "model", **changes: Any) -> Engine:
-    return Engine(model, [], served_name="base", log_path=tmp_path / "vllm.log", **{**ENGINE, **changes})
+    return Engine(model, served_name="base", log_path=tmp_path / "vllm.log", **{**ENGINE, **changes})
 
 
 def test_without_vllm_it_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +156,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             engine_module,
             "build_command",
-            lambda python, model, adapters, **settings: [python, "-c", program, str(settings["port"])],
+            lambda python, model, **settings: [python, "-c", program, str(settings["port"])],
         )
 
     return use
@@ -191,6 +197,23 @@ def test_start_reports_progress_and_stop_leaves_no_process(tmp_path: Path, stand
     subject.stop()
     assert not subject.alive() and group_members(group) == []
     subject.stop()
+
+
+def test_it_can_be_started_again_with_the_same_key(tmp_path: Path, stand_in: Any) -> None:
+    """After a crash: the client keeps its key, and asks for the new address."""
+    stand_in(SERVER)
+    subject = engine(tmp_path)
+    subject.start()
+    assert subject._process is not None
+    key, group = subject.api_key, subject._process.pid
+    assert subject.healthy()
+    os.killpg(group, signal.SIGKILL)
+    assert gone(group)
+    assert not subject.alive() and not subject.healthy()
+    subject.start()
+    assert subject.alive() and subject.healthy() and subject.api_key == key
+    subject.stop()
+    assert not subject.healthy()
 
 
 def test_a_child_that_ignores_everything_is_killed(tmp_path: Path, stand_in: Any, monkeypatch: Any) -> None:
@@ -270,8 +293,8 @@ from pathlib import Path
 from serve import engine as module
 from serve.engine import Engine
 module._require_vllm = lambda cpu: None
-module.build_command = lambda python, model, adapters, **s: [python, "-c", {program!r}, str(s["port"])]
-subject = Engine("model", [], served_name="base", max_loras=1, max_model_len=9, dtype="float32",
+module.build_command = lambda python, model, **s: [python, "-c", {program!r}, str(s["port"])]
+subject = Engine("model", served_name="base", max_loras=1, max_lora_rank=8, max_model_len=9, dtype="float32",
                  log_path=Path({log!r}), start_timeout=60)
 # From a thread that ends: the engine lives as long as the program, not as long as the thread.
 thread = threading.Thread(target=subject.start)
@@ -351,6 +374,17 @@ class Served:
             logits = self.reference(torch.tensor([prompt + tokens[:-1]])).logits
         return logits[0, len(prompt) - 1 :].argmax(-1).tolist()
 
+    def logprobs(self, model: str, tokens: list[int]) -> Any:
+        """What the reference gives each token after the first: [len(tokens) - 1]."""
+        import torch
+
+        without = self.reference.disable_adapter() if model == "base" else contextlib.nullcontext()
+        if model != "base":
+            self.reference.set_adapter(NAMES[self.models.index(model)])
+        with torch.inference_mode(), without:
+            logits = self.reference(torch.tensor([tokens])).logits[0, :-1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
 
 NAMES = ("base", "first", "second")
 """PEFT's adapter names become module names, which may not hold the dots and signs of a ref."""
@@ -361,6 +395,8 @@ def make_adapters(root: Path, model_path: str) -> list[Adapter]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lit_ft.models.canary import canary
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     adapters = []
@@ -376,9 +412,23 @@ def make_adapters(root: Path, model_path: str) -> list[Adapter]:
             model.save_pretrained(folder, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
 
-        draft = Draft("support", Base("bundled", "sha256:test"), "sft", "lora", rank, [], None)
+        draft = Draft(
+            "support", Base("bundled", "sha256:test"), "sft", "lora", rank, [], None, canary=canary(model, tokenizer)
+        )
         adapters.append(publish(root, draft, write))
     return adapters
+
+
+def loaded(subject: Engine, adapters: list[Adapter]) -> None:
+    """Load them while the engine runs, the only way there is."""
+
+    async def task() -> None:
+        client = EngineClient(subject.base_url, subject.api_key)
+        for adapter in adapters:
+            await client.load(adapter.ref, adapter.path)
+        await client.close()
+
+    asyncio.run(task())
 
 
 @pytest.fixture(scope="module")
@@ -402,10 +452,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     reference = PeftModel.from_pretrained(base, str(adapters[0].path), adapter_name=NAMES[1])
     reference.load_adapter(str(adapters[1].path), adapter_name=NAMES[2])
     reference.eval()
-    subject = Engine(model_path, adapters, served_name="base", log_path=root / "vllm.log", **ENGINE)
+    # As the server starts it: the adapters bring the template they were trained with.
+    template = adapters[0].path / "chat_template.jinja"
+    settings = {**ENGINE, "max_cpu_loras": 4, "chat_template": template if template.is_file() else None}
+    subject = Engine(model_path, served_name="base", log_path=root / "vllm.log", **settings)
     threads = torch.get_num_threads()
     try:
         subject.start()
+        loaded(subject, adapters)
         # Several threads that wait for each other on cores that the engine also uses are far slower than one.
         torch.set_num_threads(1)
         yield Served(subject, adapters, prompt_ids, reference)
@@ -453,50 +507,241 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft(served: Served, toge
     assert all(len(set(map(tuple, found[at : at + 3]))) == 3 for at in range(0, len(found), 3))  # adapters do something
 
 
-@pytest.mark.engine
-@pytest.mark.timeout(900)
-def test_the_client_against_the_real_engine(served: Served, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8, "seed": None}
-    adapter = served.adapters[0]
-    again: Any = SimpleNamespace(ref="again@v1", path=adapter.path)
-    empty: Any = SimpleNamespace(ref="empty@v1", path=tmp_path)
-
-    async def task() -> None:
+def with_client(served: Served, task: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
         client = EngineClient(served.engine.base_url, served.engine.api_key)
         try:
-            assert await client.models() == ["base", *(a.ref for a in served.adapters)]
-            deltas = [d async for d in client.chat("base", [{"role": "user", "content": "Hello"}], **settings)]
-            end = deltas[-1]
-            assert end.finish_reason in ("stop", "length") and end.usage and end.timing
-            assert end.timing.tokens == end.usage.completion_tokens <= 8 and end.timing.ttft_s > 0
-
-            for words in (600, 5000):
-                long = [{"role": "user", "content": "word " * words}]
-                with pytest.raises(ChatError, match=rf"is {words // 100}\d\d tokens long; .* at most 512\."):
-                    [d async for d in client.chat(adapter.ref, long, **settings)]
-
-            await client.load(again)
-            await client.load(again)
-            assert "again@v1" in await client.models()
-            messages = [{"role": "user", "content": PROMPTS[0]}]
-            texts = []
-            for model in (adapter.ref, "again@v1"):
-                texts.append("".join([d.text async for d in client.chat(model, messages, **settings)]))
-            assert texts[0] == texts[1]
-            await client.unload("again@v1")
-            with pytest.raises(ChatError, match="does not serve 'again@v1'"):
-                [d async for d in client.chat("again@v1", messages, **settings)]
-            with pytest.raises(ChatError, match="could not load empty@v1"):
-                await client.load(empty)
-            stranger = EngineClient(served.engine.base_url, "wrong key")
-            with pytest.raises(ChatError, match="key"):
-                await stranger.models()
-            await stranger.close()
-            assert [d async for d in client.chat("base", messages, **settings)]  # still well
+            await task(client)
         finally:
             await client.close()
 
-    asyncio.run(task())
+    asyncio.run(run())
+
+
+SAID: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8, "seed": None}
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+async def said(client: EngineClient, model: str, messages: list[dict[str, str]] = HELLO) -> str:
+    return "".join([delta.text async for delta in client.chat(model, messages, **SAID)])
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_the_client_against_the_real_engine(served: Served, tmp_path: Path) -> None:
+    adapter = served.adapters[0]
+
+    async def task(client: EngineClient) -> None:
+        assert await client.models() == ["base", *(a.ref for a in served.adapters)]
+        deltas = [d async for d in client.chat("base", HELLO, **SAID)]
+        end = deltas[-1]
+        assert end.finish_reason in ("stop", "length") and end.usage and end.timing
+        assert end.timing.tokens == end.usage.completion_tokens <= 8 and end.timing.ttft_s > 0
+
+        for words in (600, 5000):
+            long = [{"role": "user", "content": "word " * words}]
+            with pytest.raises(ChatError, match=rf"is {words // 100}\d\d tokens long; .* at most 512\."):
+                [d async for d in client.chat(adapter.ref, long, **SAID)]
+
+        await client.load("again@v1", adapter.path)
+        await client.load("again@v1", adapter.path)
+        assert "again@v1" in await client.models()
+        messages = [{"role": "user", "content": PROMPTS[0]}]
+        assert await said(client, adapter.ref, messages) == await said(client, "again@v1", messages)
+        await client.unload("again@v1")
+        await client.unload("again@v1")
+        with pytest.raises(UnknownModelError, match="does not serve 'again@v1'"):
+            await said(client, "again@v1", messages)
+        with pytest.raises(ChatError, match="could not load empty@v1"):
+            await client.load("empty@v1", tmp_path)
+        stranger = EngineClient(served.engine.base_url, "wrong key")
+        with pytest.raises(UnavailableError, match="key"):
+            await stranger.models()
+        await stranger.close()
+        assert await said(client, "base")  # still well
+
+    with_client(served, task)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_forwarded_stream_counts_its_tokens(served: Served) -> None:
+    """`serve.gateway.Raw` counts events without parsing them: they must look as it thinks."""
+
+    async def task(client: EngineClient) -> None:
+        body = {"model": served.adapters[0].ref, "messages": HELLO, "max_tokens": 8, "temperature": 0, "stream": True}
+        async with client.forward({**body, "stream_options": {"include_usage": True}}) as response:
+            assert response.status == 200
+            tally = Tally(time.perf_counter())
+            data = b"".join([chunk async for chunk in Raw(response, tally).events()])
+        events = [json.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
+        usage = next(event["usage"] for event in events if event.get("usage"))
+        texts = [choice["delta"].get("content") for event in events for choice in event["choices"]]
+        assert "".join(filter(None, texts)) == await said(client, served.adapters[0].ref)
+        assert tally.outcome == "ok" and tally.ttft_s
+        # The role's event has no text, the end's has none either; a token may be but half of a character.
+        assert abs(tally.tokens - usage["completion_tokens"]) <= 2, (tally.tokens, usage, data)
+
+    with_client(served, task)
+
+
+# Sums of float32 in another order, in a model of 30 layers, of logits in the tens.
+FLOAT32 = 2e-3
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_scores_equal_those_of_transformers_and_peft(served: Served) -> None:
+    """The canary stands on it: of the base and of each adapter, also while other requests are in the batch."""
+    import torch
+
+    async def task(client: EngineClient) -> None:
+        tokens = served.prompt_ids[0][:60]
+        for _ in range(2):  # the second time the prefix is in the cache, which must not change what is scored
+            alone = [await client.logprobs(model, tokens) for model in served.models]
+        others = [said(client, model) for model in served.models * 2]
+        together, _ = await asyncio.gather(
+            asyncio.gather(*(client.logprobs(model, tokens) for model in served.models)), asyncio.gather(*others)
+        )
+        for model, one, mixed in zip(served.models, alone, together, strict=True):
+            expected = served.logprobs(model, tokens)
+            assert len(one) == len(tokens) - 1
+            torch.testing.assert_close(torch.tensor(one), expected, atol=FLOAT32, rtol=0)
+            torch.testing.assert_close(torch.tensor(mixed), expected, atol=FLOAT32, rtol=0)
+        assert (torch.tensor(alone[0]) - torch.tensor(alone[1])).abs().mean() > 0.05  # the adapters do something
+        assert (torch.tensor(alone[1]) - torch.tensor(alone[2])).abs().mean() > 0.05
+
+    with_client(served, task)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_the_canary_of_a_sound_adapter_passes_and_another_ones_does_not(served: Served) -> None:
+    first, second = served.adapters
+    swapped = replace(first, card=replace(first.card, canary=second.card.canary))
+
+    async def task(client: EngineClient) -> None:
+        known: dict[tuple[int, ...], list[float]] = {}
+        for adapter in served.adapters:
+            assert await canary_module.objection(client, adapter, "base", known) == ""
+        assert "not answer as it did" in await canary_module.objection(client, swapped, "base", known)
+        without = replace(first, card=replace(first.card, canary=None))
+        assert await canary_module.objection(client, without, "base", known) == ""
+
+    with_client(served, task)
+
+
+def dora(folder: Path) -> None:
+    change_config(folder, use_dora=True)
+
+
+def wrong_shape(folder: Path) -> None:
+    """Of another base: every matrix is half as wide."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    halves = {name: value[..., : max(1, value.shape[-1] // 2)].contiguous() for name, value in weights.items()}
+    save_file(halves, folder / "adapter_model.safetensors")
+
+
+def too_high_a_rank(folder: Path) -> None:
+    change_config(folder, r=64)
+
+
+def unknown_layers(folder: Path) -> None:
+    """Of another architecture."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("self_attn.q_proj", "attention.query"): value for name, value in weights.items()}
+    change_config(folder, target_modules=["query"])
+    save_file(renamed, folder / "adapter_model.safetensors")
+
+
+def truncated(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def no_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "spoil",
+    [dora, wrong_shape, too_high_a_rank, unknown_layers, truncated, no_config, shutil.rmtree],
+    ids=lambda spoil: spoil.__name__,
+)
+def test_an_adapter_that_cannot_be_served_is_refused_and_the_engine_lives(
+    served: Served, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(served.adapters[0].path, folder)
+    spoil(folder)
+    expected = served.adapters[1].ref
+
+    async def task(client: EngineClient) -> None:
+        before = await said(client, expected)
+        talking = asyncio.create_task(said(client, expected))  # one in progress is not disturbed
+        with pytest.raises(ChatError, match=r"could not load broken@v1: .+") as caught:
+            await client.load("broken@v1", folder)
+        assert str(tmp_path) not in str(caught.value)
+        assert await talking == before
+        assert await client.models() == ["base", *(a.ref for a in served.adapters)]
+        # The name is not burnt: the same one can be given to a sound adapter.
+        await client.load("broken@v1", served.adapters[1].path)
+        assert await said(client, "broken@v1") == before
+        await client.unload("broken@v1")
+        assert await said(client, expected) == before
+
+    with_client(served, task)
+    assert served.engine.alive() and served.engine.healthy()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_another_adapter_under_a_name_that_was_unloaded_is_the_other_adapter(served: Served) -> None:
+    """vLLM caches adapters and prefixes by more than the name."""
+    first, second = served.adapters
+
+    async def task(client: EngineClient) -> None:
+        expected = [await said(client, adapter.ref) for adapter in served.adapters]
+        tokens = served.prompt_ids[0]
+        scores = [await client.logprobs(adapter.ref, tokens) for adapter in served.adapters]
+        assert expected[0] != expected[1]
+        for at in (0, 1, 0, 1):
+            await client.load("swap@v1", (first, second)[at].path)
+            assert await said(client, "swap@v1") == expected[at]
+            found = await client.logprobs("swap@v1", tokens)
+            assert found == pytest.approx(scores[at], abs=FLOAT32)
+            await client.unload("swap@v1")
+
+    with_client(served, task)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_more_adapters_than_one_batch_takes_are_all_answered_right(served: Served) -> None:
+    """max_loras is 2, and 4 are held in memory: they take turns."""
+    refs = ["turn@v1", "turn@v2", *(adapter.ref for adapter in served.adapters)]
+
+    async def task(client: EngineClient) -> None:
+        expected = [await said(client, adapter.ref) for adapter in served.adapters]
+        for ref, adapter in zip(refs[:2], served.adapters, strict=True):
+            await client.load(ref, adapter.path)
+        answers = await asyncio.gather(*(said(client, ref) for ref in refs * 2))
+        assert answers == expected * 4
+        for ref in refs[:2]:
+            await client.unload(ref)
+
+    with_client(served, task)
 
 
 @pytest.mark.engine
@@ -518,6 +763,15 @@ def test_stop_ends_every_process_of_the_real_engine(served: Served) -> None:
     assert served.engine._process is not None
     group = served.engine._process.pid
     assert len(group_members(group)) >= 3
+    base_url = served.engine.base_url
     served.engine.stop()
     assert group_members(group) == []
     assert not served.engine.alive()
+
+    async def task() -> None:
+        client = EngineClient(base_url, served.engine.api_key)
+        with pytest.raises(EngineGoneError):
+            await client.models()
+        await client.close()
+
+    asyncio.run(task())

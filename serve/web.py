@@ -1,0 +1,127 @@
+"""The web server: the pages, the OpenAI-compatible endpoint, health and metrics on one port, in this event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from serve.fleet import Fleet
+from serve.metrics import Metrics
+from serve.theme import CSS, theme
+
+LIVE_JS = Path(__file__).with_name("live.js")
+
+GRACE_S = 3
+"""How long open connections have to end when the server stops: a page keeps one open for ever."""
+
+
+def assemble(
+    page: gr.Blocks,
+    fleet: Fleet,
+    metrics: Metrics,
+    *,
+    routers: Sequence[APIRouter] = (),
+    may_read_metrics: Callable[[Request], bool] = lambda request: True,
+    middleware: Sequence[tuple[type, dict[str, Any]]] = (),
+    login: Mapping[str, Any] | None = None,
+) -> FastAPI:
+    """All of it as one application.
+
+    Args:
+        page: the Gradio pages, mounted at `/`.
+        fleet: for health and the revision.
+        metrics: for `/metrics`.
+        routers: come before the pages.
+        may_read_metrics: whether a request may see `/metrics`.
+        middleware: ASGI middleware and its arguments, the outermost first.
+        login: Gradio's arguments for it (`Access.gradio`); None asks for none.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/healthz")
+    async def health() -> Response:
+        """Open to all, so it says no more than this."""
+        return JSONResponse({"status": "ok" if fleet.up else "engine restarting"}, 200 if fleet.up else 503)
+
+    @app.get("/revision")
+    async def revision() -> Response:
+        """Grows with each change that the pages show; `live.js` asks for it every second."""
+        return JSONResponse({"revision": fleet.revision}, headers={"Cache-Control": "no-store"})
+
+    @app.get("/metrics")
+    async def prometheus(request: Request) -> Response:
+        if not may_read_metrics(request):
+            return Response("An API key is needed: Authorization: Bearer KEY\n", 401, {"WWW-Authenticate": "Bearer"})
+        metrics.engine_up(fleet.up)
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    for router in routers:
+        app.include_router(router)
+    script = LIVE_JS.read_text(encoding="utf-8")
+    app = gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        **(login or {}),
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size="1kb",  # nothing here takes a file
+        theme=theme(),
+        css_paths=[CSS],
+        head=f"<script>{script}</script>",
+    )
+    for kind, arguments in reversed(middleware):
+        app.add_middleware(kind, **arguments)
+    return app
+
+
+class Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: `serve.__main__` has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them as they are."""
+        yield
+
+
+@contextlib.asynccontextmanager
+async def listening(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
+    """Serve until the block ends."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        # The proxy of `auth.header` is judged by the address of the connection itself.
+        proxy_headers=False,
+        server_header=False,
+    )
+    server = Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            if serving.done():
+                serving.result()
+                raise OSError(f"The web server did not start on {host}:{port}.")
+            await asyncio.sleep(0.02)
+        yield
+    finally:
+        server.should_exit = True
+        with contextlib.suppress(Exception):
+            await serving

@@ -1,0 +1,106 @@
+"""What the pages stand on, made for tests: a fleet of checked adapters on the stub engine, and an empty vote store."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from lit_ft.adapter import Adapter
+from serve import app, web
+from serve.base import Base
+from serve.client import EngineClient
+from serve.fleet import Fleet
+from serve.gateway import Gateway
+from serve.limits import Limits
+from serve.metrics import Metrics
+from serve.pages.parts import Parts
+from serve.votes import VoteStore
+from tests.serve.published import BASE_HASH
+from tests.serve.stub_engine import API_KEY, Stub
+
+VOTER = "somebody"
+
+
+class Ready:
+    """An engine that has every adapter already; it notes what it is told."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.unloaded: list[str] = []
+
+    async def load(self, adapter: Adapter) -> None:
+        self.loaded.append(adapter.ref)
+
+    async def unload(self, ref: str) -> None:
+        self.unloaded.append(ref)
+
+
+def made(
+    tmp_path: Path,
+    stub: Stub,
+    adapters: Sequence[Adapter] = (),
+    *,
+    base_name: str = "base",
+    max_model_len: int = 256,
+    limits: Limits | None = None,
+    votes: VoteStore | None = None,
+) -> Parts:
+    """Parts in which `adapters` are ready; the stub must know their names. Everybody is `VOTER`."""
+    fleet = Fleet(Ready(), base_name, room=8)
+    in_a_loop(lambda: [passed(fleet, adapter) for adapter in adapters])
+    metrics = Metrics()
+    return Parts(
+        gateway=Gateway(EngineClient(stub.base_url, API_KEY), fleet, limits or Limits(), metrics),
+        fleet=fleet,
+        votes=votes or VoteStore(tmp_path / "votes.db"),
+        metrics=metrics,
+        base=Base("bundled", "", BASE_HASH),
+        base_text="SmolLM2.",
+        max_model_len=max_model_len,
+        who=lambda request: VOTER,
+    )
+
+
+def passed(fleet: Fleet, adapter: Adapter) -> None:
+    """It has been found, checked and loaded. Call it in an event loop."""
+    version = fleet.found(adapter.ref, adapter)
+    version.resident = True
+    fleet.passed(version)
+
+
+def in_a_loop(work: Callable[[], object]) -> None:
+    """Call `work` in an event loop of its own, also where the caller's thread has one (as Playwright's does)."""
+
+    async def run() -> None:
+        work()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, run()).result()
+
+
+@contextmanager
+def served(parts: Parts, title: str = "Support desk", port: int = 0) -> Iterator[str]:
+    """The pages on a loopback port, as `python -m serve` serves them, in a thread of this process; gives the URL."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    application = web.assemble(app.build(title, parts), parts.fleet, parts.metrics)
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
