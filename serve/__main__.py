@@ -209,7 +209,7 @@ async def _run(
                 task.cancel()
             await asyncio.gather(*ended, return_exceptions=True)
             with contextlib.suppress(Exception):
-                await client.close()
+                await gateway.close()
             snapshots.clear()
 
 

@@ -328,6 +328,8 @@ class Fleet:
         self._tasks.add(loading)
         loading.add_done_callback(self._tasks.discard)
         await asyncio.shield(loading)
+        if not version.resident:  # lost in the moment in between
+            raise UnavailableError(self._down_reason)
 
     async def _load(self, version: Version) -> None:
         async with version.lock:
@@ -371,6 +373,7 @@ class Fleet:
             if not version.resident:  # into an engine that was lost meanwhile
                 raise UnavailableError(self._down_reason)
             version.used = time.monotonic()
+            self._freed.set()  # who waits for room may take this one's, if nobody uses it after all
             self._on_swap("loaded")
             self.changed()
 
@@ -429,12 +432,14 @@ class Fleet:
     def passed(self, version: Version) -> None:
         """It may be asked from now on; what it replaces is unloaded when its last request has ended."""
         version.checked, version.problem = True, ""
+        self._freed.set()
         self.changed()
         self.tidy()
 
     def quarantine(self, version: Version, reason: str) -> None:
         """It may not be asked; requests under way end as they may."""
         version.problem = reason
+        self._freed.set()
         self._on_swap("quarantined")
         self.changed()
         self.tidy()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lit_ft.errors import UserError
 from serve.client import Delta, EngineClient
+from serve.errors import UnknownModelError
 from serve.fleet import Fleet
 from serve.limits import Limits, TooMuch, characters_of
 from serve.metrics import Metrics, Outcome
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 TEXT_EVENT = b'"delta":{"content":'
 """Begins the text of each event but the first, which gives the role."""
 
-DONE = b"data: [DONE]"
+DONE = b"\ndata: [DONE]"
+"""The line break is what a reply's own text cannot hold."""
+
+BROKEN = b'\ndata: {"error"'
+"""vLLM reports what goes wrong inside a stream so, and then ends it as ever."""
+
 LOOK_BACK = 512
 """Bytes kept of what went before: the usage at the end of a reply that is not streamed stands in them."""
 
@@ -48,6 +55,10 @@ class Gateway:
         self._limits = limits
         self._metrics = metrics
 
+    async def close(self) -> None:
+        """Close all connections to the engine."""
+        await self._client.close()
+
     async def chat(
         self,
         user: str,
@@ -65,7 +76,7 @@ class Gateway:
             UserError: a limit is reached, the model is not served, the conversation is too long, the engine is gone.
         """
         with self._admitted(user, model, messages):
-            async with self.fleet.lease(model) as ref:
+            async with self._leased(model) as ref:
                 with self._counted(ref) as tally:
                     stream = self._client.chat(
                         ref, messages, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
@@ -88,7 +99,7 @@ class Gateway:
             UserError: as `chat`.
         """
         with self._admitted(user, body["model"], body["messages"]):
-            async with self.fleet.lease(body["model"]) as ref:
+            async with self._leased(body["model"]) as ref:
                 with self._counted(ref) as tally:
                     async with self._client.forward({**body, "model": ref}) as response:
                         yield Raw(response, tally)
@@ -101,6 +112,17 @@ class Gateway:
         except TooMuch:
             self._metrics.finished(model, "refused", 0.0)
             raise
+
+    @asynccontextmanager
+    async def _leased(self, model: str) -> AsyncIterator[str]:
+        async with AsyncExitStack() as stack:
+            try:
+                ref = await stack.enter_async_context(self.fleet.lease(model))
+            except UserError as error:
+                refused = isinstance(error, UnknownModelError)
+                self._metrics.finished(model, "refused" if refused else "failed", 0.0)
+                raise
+            yield ref
 
     @contextmanager
     def _counted(self, ref: str) -> Iterator[Tally]:
@@ -128,23 +150,24 @@ class Raw:
     async def _counting(self, response: aiohttp.ClientResponse, tally: Tally) -> AsyncGenerator[bytes, None]:
         """The bytes unchanged. A piece of text is an event of its own, so tokens are counted without parsing them."""
         streamed = response.content_type == "text/event-stream"
-        last, end = 0.0, b""
+        last, end, broken = 0.0, b"", False
         async for chunk in response.content.iter_any():
             if events := _events(end, chunk, TEXT_EVENT):
                 last = time.perf_counter()
                 if tally.ttft_s is None:
                     tally.ttft_s = last - tally.began
                 tally.tokens += events
-            if _events(end, chunk, DONE):
-                tally.outcome = "ok"  # before it goes out: who has read this may be gone then
+            broken = broken or bool(_events(end, chunk, BROKEN))
+            if _events(end, chunk, DONE):  # before it goes out: who has read this may be gone then
+                tally.outcome = "failed" if broken else "ok"
+                if tally.ttft_s is not None and tally.tokens > 1 and (spent := last - tally.began - tally.ttft_s) > 0:
+                    tally.tokens_per_s = (tally.tokens - 1) / spent
             end = (end + chunk)[-LOOK_BACK:]
             yield chunk
         if not streamed:
             tally.outcome = "ok" if self.status == 200 else "failed"
             if found := re.search(rb'"completion_tokens": ?(\d+)', end):
                 tally.tokens = int(found[1])
-        if tally.ttft_s is not None and tally.tokens > 1 and (spent := last - tally.began - tally.ttft_s) > 0:
-            tally.tokens_per_s = (tally.tokens - 1) / spent
 
 
 def _events(before: bytes, chunk: bytes, mark: bytes) -> int:

@@ -205,7 +205,7 @@ class Layer:
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int]) -> None:
         self.widths = tuple(widths)
         self.width = sum(widths)
-        self._a, self._b = tuple(a), tuple(b)
+        self.a, self.b = tuple(a), tuple(b)
         self._stacks = (*a, *b)
         # Tensors made in inference mode have no count: nothing is kept of them.
         self._counted = not any(stack.is_inference() for stack in self._stacks)
@@ -215,14 +215,14 @@ class Layer:
     def weights(self, slot: int, dtype: Any) -> Weights | None:
         """The slot's weights as they are now; None where they add nothing."""
         if not self._counted:
-            return join(self._a, self._b, self.widths, slot, dtype)
+            return join(self.a, self.b, self.widths, slot, dtype)
         versions = [stack._version for stack in self._stacks]
         if versions != self._versions:
             self._joined.clear()
             self._versions = versions
         key = slot, dtype
         if key not in self._joined:
-            self._joined[key] = join(self._a, self._b, self.widths, slot, dtype)
+            self._joined[key] = join(self.a, self.b, self.widths, slot, dtype)
         return self._joined[key]
 
 
@@ -276,6 +276,7 @@ def _wrapper(base: type) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self._token_slots: list[int] = []
             self._token_groups = self._sampler_groups = Groups(1, (), None)
             self._layers: dict[tuple[int, int, int], Layer] = {}
 
@@ -283,7 +284,8 @@ def _wrapper(base: type) -> type:
             self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
         ) -> None:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-            self._token_groups = group(self.token_lora_indices.tolist())
+            self._token_slots = self.token_lora_indices.tolist()
+            self._token_groups = group(self._token_slots)
             self._sampler_groups = group(self.sampler_indices.tolist())
 
         def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: Any, scale: float, **kwargs: Any) -> None:
@@ -321,14 +323,29 @@ def _wrapper(base: type) -> type:
             buffer: Tensor | None = None, **kwargs: Any,
         ) -> None:  # fmt: skip
             y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+            groups = self._groups_of_head(x)
             if buffer is None:
                 # The model and the adapter may pad the vocabulary differently: write what both have.
                 width = min(lora_b_stacked.shape[-2], y.shape[-1])
                 layer = self._layer((lora_a_stacked,), (lora_b_stacked,), (width,))
-                linear(y, x, layer, scale, self._sampler_groups)
+                linear(y, x, layer, scale, groups)
             else:  # the caller wants to see the shrunk rows
-                shrink(buffer, x, lora_a_stacked, self._sampler_groups, scale)
-                expand(y, [buffer], [lora_b_stacked], [lora_b_stacked.shape[-2]], 0, self._sampler_groups)
+                shrink(buffer, x, lora_a_stacked, groups, scale)
+                expand(y, [buffer], [lora_b_stacked], [lora_b_stacked.shape[-2]], 0, groups)
+
+        def _groups_of_head(self, x: Tensor) -> Groups:
+            """The groups of the rows that the head gets: one for each request, or a piece of one prompt.
+
+            vLLM asks for the logits of a prompt (`prompt_logprobs`) without saying whose it is, and maps its rows as
+            if they were the requests of the batch. But they are a slice of the step's tokens, whose place in the
+            storage says which; the requests' rows are gathered, and have a storage of their own.
+            """
+            rows, width = x.shape
+            start, rest = divmod(x.storage_offset(), width)
+            held = x.untyped_storage().nbytes() // (width * x.element_size())
+            if held > rows and not rest and x.is_contiguous() and start + rows <= len(self._token_slots):
+                return group(self._token_slots[start : start + rows])
+            return self._sampler_groups
 
         def _layer(self, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int]) -> Layer:
             """The layer with these stacks. It holds them, so that their ids stay theirs."""

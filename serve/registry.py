@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -115,8 +116,13 @@ def _objections(adapter: Adapter, root: Path, rules: Rules) -> Iterator[str]:
             "names are letters, digits, '.', '_' and '-', and must be those of the folder. Publish it again."
         )
         return
-    inside = [adapter.path, *adapter.path.iterdir()] if adapter.path.is_dir() else [adapter.path]
-    if not all(path.resolve().is_relative_to(root.resolve()) for path in inside):
+    try:
+        inside = [adapter.path, *adapter.path.iterdir()] if adapter.path.is_dir() else [adapter.path]
+    except OSError as error:
+        yield f"Its folder cannot be read: {error.strerror or error}."
+        return
+    # Not Path.resolve, which raises on links in a circle.
+    if not all(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)) for path in inside):
         yield "It is, or holds, a link that leads out of the adapters folder. Copy the files there instead."
     if not card.servable:
         yield card.not_servable_reason or "Its card says that it cannot be served as an adapter; it gives no reason."

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from lit_ft.errors import UserError
 from serve.fleet import Fleet
 from serve.metrics import Metrics
 from serve.theme import CSS, theme
@@ -70,6 +71,7 @@ def assemble(
         app,
         page,
         path="/",
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         **(login or {}),
         footer_links=[],
         run_history=False,
@@ -100,7 +102,11 @@ class Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def listening(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
-    """Serve until the block ends."""
+    """Serve until the block ends.
+
+    Raises:
+        UserError: the port cannot be had.
+    """
     config = uvicorn.Config(
         app,
         host=host,
@@ -113,12 +119,21 @@ async def listening(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
         server_header=False,
     )
     server = Server(config)
-    serving = asyncio.create_task(server.serve())
+
+    async def serve() -> None:
+        try:
+            await server.serve()
+        except SystemExit as error:  # so uvicorn says that it cannot listen; its log says why
+            raise UserError(
+                f"The web server cannot listen on {host}:{port}; another program may use it. Give another: port=7861."
+            ) from error
+
+    serving = asyncio.create_task(serve())
     try:
         while not server.started:
             if serving.done():
                 serving.result()
-                raise OSError(f"The web server did not start on {host}:{port}.")
+                raise UserError(f"The web server did not start on {host}:{port}; the log says why.")
             await asyncio.sleep(0.02)
         yield
     finally:

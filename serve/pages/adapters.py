@@ -116,9 +116,8 @@ def _panel(parts: Parts, ref: str, may: bool) -> tuple[Any, ...]:
     if not ref:
         return gr.skip(), *(gr.update(interactive=False) for _ in range(3))
     if ref == fleet.base_name:
-        is_default = fleet.default == ref
-        buttons = (gr.update(interactive=False), gr.update(interactive=may and not is_default))
-        return parts.card(ref), *buttons, gr.update(interactive=False)
+        pin, retire = gr.update(value="Pin", interactive=False), gr.update(value="Retire", interactive=False)
+        return parts.card(ref), pin, gr.update(value=_default_label(fleet, ref), interactive=may), retire
     version = fleet.get(ref)
     if version is None:
         return "<p class='hint'>This version is gone.</p>", *(gr.update(interactive=False) for _ in range(3))
@@ -127,16 +126,17 @@ def _panel(parts: Parts, ref: str, may: bool) -> tuple[Any, ...]:
     if why:
         text = f"<p class='why' role='note'>{html.escape(why)}</p>{text}"
     known = may and version.adapter is not None
-    is_default = fleet.default_is_set and fleet.default == ref
     return (
         text,
         gr.update(value="Unpin" if version.pinned else "Pin", interactive=known and not version.problem),
-        gr.update(
-            value="Default is the newest again" if is_default else "Set as default",
-            interactive=known and version.askable,
-        ),
+        gr.update(value=_default_label(fleet, ref), interactive=known and version.askable),
         gr.update(value="Bring back" if version.withdrawn else "Retire", interactive=known and not version.problem),
     )
+
+
+def _default_label(fleet: Fleet, ref: str) -> str:
+    """Of the button that sets the default, and lets it go again."""
+    return "Let the newest be default" if fleet.default_is_set and fleet.default == ref else "Set as default"
 
 
 def _pin(fleet: Fleet, ref: str) -> str:

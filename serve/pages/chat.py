@@ -218,8 +218,9 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
 
     async def on_refresh(chosen: str | None, picked: bool, said: list[Message]) -> tuple[Any, ...]:
         """The list of models, and whether there is a newer one than this chat's."""
-        choices = parts.choices(chosen or "")
-        value = chosen if chosen and (picked or said) else choices[0][1]
+        stays = chosen if chosen and (picked or said) else ""
+        choices = parts.choices(stays)
+        value = stays or choices[0][1]
         return gr.update(choices=choices, value=value), parts.card(value), _newer(parts, value, said)
 
     async def on_model(chosen: str, said: list[Message]) -> tuple[Any, ...]:

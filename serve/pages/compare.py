@@ -211,7 +211,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         for verdict, text, _ in VERDICTS:
             chosen = match is not None and match.verdict == verdict
             updates[buttons[verdict]] = gr.update(
-                value=f"✓ {text}" if chosen else text,
+                value=f"✓ {text.strip('←→ ')}" if chosen else text,
                 interactive=open_ballot,
                 variant="primary" if chosen else "secondary",
             )

@@ -98,13 +98,15 @@ def _interval_row(rank: int, one: Estimate, axis: Axis) -> str:
         f"<line class='whisker' x1='{a:.2f}%' x2='{b:.2f}%' y1='{middle - y}' y2='{middle + y}'/>"
         for a, b, y in ((left, right, 0), (left, left, 5), (right, right, 5))
     )
-    told = html.escape(f"{one.label}: {value}, 95% interval from {low} to {high}", quote=True)
+    # The one that the others are measured against has no interval of its own.
+    span = f"{low} to {high}" if one.high - one.low > 1e-6 * (axis.high - axis.low) else "by definition"
+    told = html.escape(f"{one.label}: {value}, {span}", quote=True)
     return (
         f"<tr><td class='rank'>{rank}</td><th scope='row'>{html.escape(one.label)}</th>"
         f"<td class='plot'><svg width='100%' height='{ROW_PX}' role='img' aria-label='{told}'>{grid}"
         f"<line class='reference' x1='{at:.2f}%' x2='{at:.2f}%' y1='0' y2='{ROW_PX}'/>"
         f"{whisker}<circle class='dot' cx='{x:.2f}%' cy='{middle}' r='5'/></svg></td>"
-        f"<td class='figure'>{html.escape(value)} <small>{html.escape(low)} to {html.escape(high)}</small></td>"
+        f"<td class='figure'>{html.escape(value)} <small>{html.escape(span)}</small></td>"
         f"<td class='figure'>{one.votes:,}</td></tr>"
     )
 
@@ -124,6 +126,7 @@ def bars(caption: str, periods: Sequence[Period], bucket: Bucket) -> str:
     most = max(period.votes for period in periods)
     drawn = "".join(_bar(period, bucket, first, end, most) for period in periods)
     total = sum(period.votes for period in periods)
+    ends = "".join(f"<span>{name(moment, bucket)}</span>" for moment in dict.fromkeys((first, periods[-1].start)))
     told = f"{caption}: {total:,} from {name(first, bucket)} to {name(periods[-1].start, bucket)}, at most {most:,}"
     rows = "".join(
         f"<tr><th scope='row'>{name(period.start, bucket)}</th><td class='figure'>{period.votes:,}</td>"
@@ -133,8 +136,8 @@ def bars(caption: str, periods: Sequence[Period], bucket: Bucket) -> str:
     return (
         f"<figure class='bars'><figcaption>{html.escape(caption)}</figcaption>"
         f"<div class='frame'><span class='most'>{most:,}</span>"
-        f"<svg width='100%' height='{BARS_PX}' role='img' aria-label='{html.escape(told, quote=True)}'>{drawn}</svg></div>"
-        f"<div class='ends'><span>{name(first, bucket)}</span><span>{name(periods[-1].start, bucket)}</span></div>"
+        f"<svg width='100%' height='{BARS_PX}' role='img' aria-label='{html.escape(told, quote=True)}'>{drawn}</svg>"
+        f"</div><div class='ends'>{ends}</div>"
         "<p class='legend'><i class='decisive'></i>one was better <i class='undecided'></i>tie or both bad</p>"
         "<details><summary>As a table</summary><table class='plain'><thead><tr><th scope='col'>From (UTC)</th>"
         "<th class='figure' scope='col'>Votes</th><th class='figure' scope='col'>Decisive</th></tr></thead>"
@@ -145,16 +148,17 @@ def bars(caption: str, periods: Sequence[Period], bucket: Bucket) -> str:
 def _bar(period: Period, bucket: Bucket, first: datetime, end: datetime, most: int) -> str:
     span = (end - first).total_seconds()
     x = 100 * (period.start - first).total_seconds() / span
-    # At most an eighth of the plot: a single day is no wall. A gap tells neighbours apart.
-    width = min(100 * LENGTH[bucket].total_seconds() / span, 12.5) * 0.86
-    whole, decisive = (BARS_PX * count / most for count in (period.votes, period.decisive))
+    # A single day is no wall, and a gap tells neighbours apart.
+    width = min(100 * LENGTH[bucket].total_seconds() / span, 6.0) * 0.86
     told = f"{name(period.start, bucket)}: {period.votes:,}, {period.decisive:,} decisive"
-    return (
-        f"<g><title>{told}</title>"
-        f"<rect class='undecided' x='{x:.2f}%' width='{width:.2f}%' y='{BARS_PX - whole:.1f}' height='{whole:.1f}'/>"
-        f"<rect class='decisive' x='{x:.2f}%' width='{width:.2f}%' y='{BARS_PX - decisive:.1f}' height='{decisive:.1f}'/>"
-        "</g>"
+    rects = "".join(
+        f"<rect class='{kind}' x='{x:.2f}%' width='{width:.2f}%' y='{BARS_PX - height:.1f}' height='{height:.1f}'/>"
+        for kind, height in (
+            ("undecided", BARS_PX * period.votes / most),
+            ("decisive", BARS_PX * period.decisive / most),
+        )
     )
+    return f"<g><title>{told}</title>{rects}</g>"
 
 
 def name(moment: datetime, bucket: Bucket) -> str:

@@ -42,8 +42,8 @@ DOWNLOAD_JS = """(file) => {
 }"""
 
 HOW_TO_VOTE = (
-    "<div class='empty'><h3>No votes yet</h3><p>Open <strong>Compare</strong>, send a message, and say which of the two "
-    "replies is better. Thumbs and better answers are given on the <strong>Chat</strong> page.</p></div>"
+    "<div class='empty'><h3>No votes yet</h3><p>Open <strong>Compare</strong>, send a message, and say which of the "
+    "two replies is better. Thumbs and better answers are given on the <strong>Chat</strong> page.</p></div>"
 )
 NOTHING_FITS = "<div class='empty'><h3>No votes fit these filters</h3><p>Remove one of them to see more.</p></div>"
 
@@ -60,14 +60,14 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
             gr.DateTime(
                 include_time=False,
                 type="string",
-                label=f"{label} (UTC)",
+                label=f"{label} (UTC day)",
                 elem_id=f"results-{label.lower()}",
                 scale=2,
                 min_width=150,
             )
             for label in ("Since", "Until")
         )
-        blind_only = gr.Checkbox(False, label="Blind votes only", elem_id="results-blind", scale=1, min_width=130)
+        blind_only = gr.Checkbox(False, label="Blind votes only", elem_id="results-blind", scale=1, min_width=160)
     with gr.Row(elem_id="results-actions"):
         again = gr.Button("Refresh", elem_id="results-refresh", size="sm")
         pairs = gr.Button("Export pairs (JSONL)", elem_id="export-pairs", size="sm")
@@ -248,8 +248,8 @@ def strengths(votes: Sequence[ranking.Vote], label: Callable[[str], str], base_n
     anchor = f"{label(base_name)} is {ranking.MEAN:.0f}" if base_name in found.groups[0] else "Their mean is 1000"
     return (
         "".join(parts)
-        + f"<p class='note'>Takes into account who each model was compared with. {html.escape(anchor)}; 100 points more "
-        "mean winning 64% of the comparisons. Where intervals overlap, more votes are needed.</p>"
+        + f"<p class='note'>Takes into account who each model was compared with. {html.escape(anchor)}; 100 points "
+        "more mean winning 64% of the comparisons. Where intervals overlap, more votes are needed.</p>"
     )
 
 
@@ -296,7 +296,8 @@ def _tiles(found: Iterable[tuple[str, str, str]]) -> str:
     return (
         "<dl class='tiles'>"
         + "".join(
-            f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(figure)} <small>{html.escape(words)}</small></dd></div>"
+            f"<div><dt>{html.escape(title)}</dt>"
+            f"<dd>{html.escape(figure)} <small>{html.escape(words)}</small></dd></div>"
             for title, figure, words in found
         )
         + "</dl>"

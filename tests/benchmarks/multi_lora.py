@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -86,7 +85,9 @@ def measure(tokens: int = 64, rounds: int = 5, servers: Sequence[str] = tuple(SE
         adapters = make_adapters(Path(folder, "adapters"))
         for server in servers:
             with serving(server, adapters, Path(folder)) as client:
-                found[server] = asyncio.run(run(client, adapters, tokens, rounds, with_adapters=server != "no_lora_flag"))
+                found[server] = asyncio.run(
+                    run(client, adapters, tokens, rounds, with_adapters=server != "no_lora_flag")
+                )
     flagless = found.get("no_lora_flag", {})
     for server in found.keys() - {"no_lora_flag"}:
         for case in CASES:
@@ -123,23 +124,27 @@ def serving(server: str, adapters: Sequence[Adapter], folder: Path) -> Iterator[
     from lit_ft.models.resolve import resolve_model
     from serve import engine
 
-    build = engine.build_command
+    build, environment = engine.build_command, engine._environment
 
     def without_lora(*args: Any, **settings: Any) -> list[str]:
         command = build(*args, **settings)
-        return command[: command.index("--enable-lora")] + ["--disable-uvicorn-access-log"]
+        flag, after = command.index("--enable-lora"), command.index("--disable-uvicorn-access-log")
+        return [*command[:flag], *command[after:]]
+
+    def without_plugins(*args: Any) -> dict[str, str]:
+        return {**environment(*args), "VLLM_PLUGINS": "none"}
 
     with contextlib.ExitStack() as changes:
         if server == "no_lora_flag":
             changes.enter_context(mock.patch.object(engine, "build_command", without_lora))
-        elif server == "stock":  # no plugin of this name: ours is left out
-            changes.enter_context(mock.patch.object(engine, "PLUGIN", "none"))
-            changes.enter_context(mock.patch.dict(os.environ, {"VLLM_PLUGINS": "none"}))
+        elif server == "stock":
+            changes.enter_context(mock.patch.object(engine, "_environment", without_plugins))
         vllm = engine.Engine(
             resolve_model("bundled"),
-            adapters,
             served_name="base",
             max_loras=MAX_LORAS,
+            max_cpu_loras=len(adapters),
+            max_lora_rank=RANK,
             max_model_len=1024,
             dtype="float32" if engine.on_cpu() else "auto",
             log_path=Path("/tmp/g") / f"{server}.log",
@@ -147,7 +152,10 @@ def serving(server: str, adapters: Sequence[Adapter], folder: Path) -> Iterator[
         )
         try:
             vllm.start()
-            yield Client(vllm.base_url, vllm.api_key)
+            client = Client(vllm.base_url, vllm.api_key)
+            if server != "no_lora_flag":
+                asyncio.run(client.load(adapters))
+            yield client
         finally:
             vllm.stop()
 
@@ -156,8 +164,15 @@ class Client:
     """Asks for completions of a fixed length."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._url = f"{url}/completions"
+        self._url = url
         self._headers = {"Authorization": f"Bearer {key}"}
+
+    async def load(self, adapters: Sequence[Adapter]) -> None:
+        from serve.client import EngineClient
+
+        engine = EngineClient(self._url, self._headers["Authorization"].removeprefix("Bearer "))
+        for adapter in adapters:
+            await engine.load(adapter.ref, adapter.path)
 
     async def ask(self, requests: Sequence[tuple[str, str]], tokens: int) -> list[str]:
         """The replies to (model, prompt), sent all at once."""
@@ -167,7 +182,7 @@ class Client:
 
             async def one(model: str, prompt: str) -> str:
                 body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-                answer = await http.post(self._url, json=body)
+                answer = await http.post(f"{self._url}/completions", json=body)
                 answer.raise_for_status()
                 return str(answer.json()["choices"][0]["text"])
 

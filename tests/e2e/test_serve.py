@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lit_ft.adapter import Base, DataSource, Draft, publish
+from tests.e2e.server import Server, served
 from tests.e2e.visit import Visit
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytestmark = [pytest.mark.engine, pytest.mark.browser]
-
-
-@dataclass
-class Server:
-    url: str
-    process: subprocess.Popen[str]
-    log: Path
-
-    def children(self) -> list[int]:
-        """Every process below the server's, its own included."""
-        parents = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                except OSError:  # it ended meanwhile
-                    continue
-        found = [self.process.pid]
-        for pid in found:
-            found.extend(child for child, parent in parents.items() if parent == pid)
-        return found
 
 
 def publish_adapters(root: Path) -> None:
@@ -84,26 +57,8 @@ def publish_adapters(root: Path) -> None:
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     publish_adapters(folder / "adapters")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "serve.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve", f"port={port}", "max_model_len=512", "title=Wren support"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()  # printed when the page is there
-    assert line == f"http://127.0.0.1:{port}\n", log.read_text()
-    yield Server(line.strip(), process, log)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    with served(folder, "max_model_len=512", "title=Wren support") as server:
+        yield server
 
 
 def test_a_person_asks_switches_the_adapter_and_asks_again(server: Server, browser: Browser) -> None:
@@ -136,26 +91,12 @@ def test_a_person_asks_switches_the_adapter_and_asks_again(server: Server, brows
         answers[ref] = reply.splitlines()[0]
     assert len(set(answers.values())) == 3, answers
     # What cannot be served is listed with its reason, and stopped nothing.
-    page.locator("#refused button").first.click()
-    expect(page.locator("#refused")).to_contain_text("support@v3")
-    expect(page.locator("#refused")).to_contain_text("another")
-    expect(page.locator("#refused")).to_contain_text("SHA-256")
+    page.get_by_role("tab", name="Adapters").click()
+    for part in ("support@v3", "another base", "support@v4", "SHA-256"):
+        expect(page.locator("#versions")).to_contain_text(part)
+    page.get_by_role("tab", name="Chat").click()
     # A message beyond the context is refused in words, and kept.
     visit.send("word " * 700)
     expect(visit.notice).to_contain_text("tokens long")
     assert visit.complaints == [] and visit.outside == []
     visit.context.close()
-
-
-def test_sigterm_leaves_no_process(server: Server) -> None:
-    children = server.children()
-    assert len(children) >= 3, "the engine runs as processes of its own"
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0, server.log.read_text()
-    deadline = time.monotonic() + 20
-    alive = children
-    while alive and time.monotonic() < deadline:
-        alive = [pid for pid in children if Path(f"/proc/{pid}").exists()]
-        time.sleep(0.2)
-    assert not alive
-    assert "Traceback" not in server.log.read_text()

@@ -60,6 +60,56 @@ ALLOWED = {
     "lit_ft/launch.py": ("lit_ft.adapter", "lit_ft.launched", "lit_ft.progress", "lit_ft.sweep"),
     "lit_ft/config.py": (),
     "lit_ft/sweep.py": ("lit_ft.adapter", "lit_ft.errors", "lit_ft.progress"),
+    # The preference store and its statistics stand alone; what serves stands below what shows.
+    "serve/ranking.py": (),
+    "serve/votes.py": ("lit_ft.errors", "serve.ranking"),
+    "serve/limits.py": ("lit_ft.errors",),
+    "serve/metrics.py": (),
+    "serve/accounts.py": ("lit_ft.errors",),
+    "serve/access.py": ("lit_ft.errors", "serve.accounts", "serve.limits"),
+    "serve/client.py": ("lit_ft.errors", "serve.errors"),
+    "serve/fleet.py": (
+        "lit_ft.adapter",
+        "lit_ft.errors",
+        "serve.choices",
+        "serve.errors",
+        "serve.metrics",
+        "serve.registry",
+    ),
+    "serve/gateway.py": (
+        "lit_ft.errors",
+        "serve.client",
+        "serve.errors",
+        "serve.fleet",
+        "serve.limits",
+        "serve.metrics",
+    ),
+    "serve/api.py": ("lit_ft.adapter", "lit_ft.errors", "serve.fleet", "serve.limits"),
+    "serve/watcher.py": (
+        "lit_ft.adapter",
+        "lit_ft.errors",
+        "serve.canary",
+        "serve.errors",
+        "serve.fleet",
+        "serve.registry",
+        "serve.weights",
+    ),
+    "serve/pages": (
+        "lit_ft.adapter",
+        "lit_ft.errors",
+        "serve.base",
+        "serve.cards",
+        "serve.client",
+        "serve.conversation",
+        "serve.errors",
+        "serve.fleet",
+        "serve.gateway",
+        "serve.metrics",
+        "serve.pages",
+        "serve.ranking",
+        "serve.stopping",
+        "serve.votes",
+    ),
     "serve": ("serve", "lit_ft.adapter", "lit_ft.errors", "lit_ft.cli", "lit_ft.models.resolve"),
 }
 
@@ -72,7 +122,8 @@ def project_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             # `from lit_ft import adapter` imports lit_ft.adapter.
-            found |= {f"{node.module}.{name.name}" if node.module == "lit_ft" else node.module for name in node.names}
+            whole = node.module in ("lit_ft", "serve")
+            found |= {f"{node.module}.{name.name}" if whole else node.module for name in node.names}
     return {name for name in found if name.split(".")[0] in {"lit_ft", "serve"}}
 
 

@@ -1,267 +1,215 @@
-"""The page without a browser: what is sent to the engine, what is shown of it, and how it is put together."""
+"""The pages side by side, and the application that serves them: what it offers, and what it does not."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
+from fastapi.testclient import TestClient
 
 from lit_ft.errors import UserError
-from serve import app, cards
-from serve.client import EngineClient
-from serve.conversation import Message, as_typed, for_engine, for_page, literal, up_to_question
-from serve.registry import Refused
-from serve.stopping import Stop, until
+from serve import app, cards, web
+from serve.pages.parts import STREAMS, Parts
+from serve.stopping import Stop
+from tests.serve.page_parts import made, passed
 from tests.serve.published import adapter
-from tests.serve.stub_engine import API_KEY, Stub, running
+from tests.serve.stub_engine import Stub
 
-LABELS = {"base": "Base model", "support@v1": "support@v1 · SFT"}
-TALK = [
-    Message("user", "  indented\n  text "),
-    Message("assistant", "a <b>reply</b>", "support@v1 · SFT", "0.10 s to first token"),
-    Message("user", "and <i>then</i>?"),
-]
+NOWHERE = Stub(["base"], base_url="http://127.0.0.1:9/v1")
 
 
-@pytest.fixture(scope="module")
-def stub() -> Iterator[Stub]:
-    with running(["base", "support@v1"], max_model_len=60) as stub:
-        yield stub
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    root = tmp_path / "adapters"
+    return made(tmp_path, NOWHERE, [adapter(root, version=1), adapter(root, version=2, algorithm="dpo")])
 
 
-def reply(stub: Stub, asked: list[Message], **settings: Any) -> list[list[Message]]:
-    """Every state that the page would draw."""
-    chosen = {"model": "support@v1", "system": "", "temperature": 0.7, "top_p": 0.9, "max_tokens": 50, "seed": ""}
-
-    async def collect() -> list[list[Message]]:
-        client = EngineClient(stub.base_url, API_KEY)
-        async with aclosing(app.replies(client, LABELS, asked, **{**chosen, **settings})) as states:
-            return [state async for state in states]
-
-    return asyncio.run(collect())
+@pytest.fixture
+def page(parts: Parts) -> Any:
+    return app.build("A <title>", parts)
 
 
-# --- the conversation ---
+def component(page: Any, elem_id: str) -> Any:
+    return next(block for block in page.blocks.values() if block.elem_id == elem_id)
 
 
-def test_the_engine_gets_raw_text_and_nothing_of_the_page() -> None:
-    assert for_engine("", TALK) == [
-        {"role": "user", "content": "  indented\n  text "},
-        {"role": "assistant", "content": "a <b>reply</b>"},
-        {"role": "user", "content": "and <i>then</i>?"},
-    ]
+# --- the pages ---
 
 
-def test_a_system_prompt_goes_first_and_a_blank_one_nowhere() -> None:
-    assert for_engine("Be kind.", TALK)[0] == {"role": "system", "content": "Be kind."}
-    assert len(for_engine(" \n", TALK)) == len(TALK)
+def test_every_event_is_limited_private_and_the_queue_has_an_end(page: Any) -> None:
+    assert page._queue.max_size == app.QUEUE
+    seen = 0
+    for event in page.fns.values():
+        if event.fn is not None and event.fn not in (list, Stop):
+            assert event.concurrency_limit == STREAMS, event.name
+            assert event.api_visibility == "private", event.name
+            seen += 1
+    assert seen > 10
 
 
-def test_the_page_shows_a_line_under_each_reply_as_a_part_of_its_own() -> None:
-    shown = for_page(TALK)
-    assert [len(message["content"]) for message in shown] == [1, 2, 1]
-    assert shown[1]["content"][1]["text"] == "support@v1 · SFT · 0.10 s to first token"
+def test_no_telemetry_and_safe_markdown(page: Any) -> None:
+    assert page.analytics_enabled is False
+    for block in page.blocks.values():
+        if block.get_block_name() == "chatbot":
+            assert block.sanitize_html is True and block.allow_tags is False
+        if block.get_block_name() in ("markdown", "dataframe"):
+            assert getattr(block, "sanitize_html", True) is True
+    assert component(page, "chat").get_block_name() == "chatbot"
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a <b>x</b>", "a &lt;b>x&lt;/b>"),
-        ("<script>alert(1)</script>", "&lt;script>alert(1)&lt;/script>"),
-        ("<think>hm</think>", "&lt;think>hm&lt;/think>"),
-        ("1 < 2 & 3", "1 < 2 & 3"),
-        ("&lt; stays", "&amp;lt; stays"),
-        ("`<b>` and <b>", "`<b>` and &lt;b>"),
-        ("`` a`<b> `` <b>", "`` a`<b> `` &lt;b>"),
-        ("` <b>", "` &lt;b>"),
-        ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b>"),
-        ("~~~\n```\n<b>\n~~~\n<b>", "~~~\n```\n<b>\n~~~\n&lt;b>"),
-        ("```\n<b> still open", "```\n<b> still open"),
-        ("", ""),
-    ],
-)
-def test_tags_are_shown_not_run_and_code_is_left_alone(text: str, shown: str) -> None:
-    assert literal(text) == shown
-    assert as_typed(shown) == text
+def test_nothing_on_the_pages_takes_a_file(page: Any) -> None:
+    kinds = {block.get_block_name() for block in page.blocks.values()}
+    assert not kinds & {"file", "uploadbutton", "multimodaltextbox", "image", "audio", "video", "fileexplorer"}
 
 
-def test_the_question_to_ask_again() -> None:
-    assert up_to_question(TALK, 2) == (TALK[:2], "and <i>then</i>?")
-    assert up_to_question(TALK, 1) == ([], "  indented\n  text ")
-    assert up_to_question(TALK, 99) == (TALK[:2], "and <i>then</i>?")
-    assert up_to_question([], 0) is None
+def test_four_pages_and_a_title_that_is_text(page: Any) -> None:
+    labels = [block.label for block in page.blocks.values() if block.get_block_name() == "tabitem"]
+    assert labels[:4] == ["Chat", "Compare", "Adapters", "Results"]
+    assert component(page, "title").value == "<h1>A &lt;title&gt;</h1>"
 
 
-# --- a reply ---
-
-
-def test_a_reply_grows_and_ends_with_its_speed(stub: Stub) -> None:
-    states = reply(stub, [Message("user", "where is my parcel?")])
-    last = states[-1][-1]
-    assert last.text == "I am support@v1. You wrote: where is my parcel?"
-    assert last.label == "support@v1 · SFT"
-    assert "s to first token" in last.note and "tokens/s" in last.note
-    assert all(last.text.startswith(state[-1].text) for state in states)
-
-
-def test_the_settings_reach_the_engine(stub: Stub) -> None:
-    asked = [*TALK[:2], Message("user", "go on")]
-    reply(stub, asked, model="base", system="Be kind.", temperature=0.1, top_p=0.5, max_tokens=7.0, seed=" 42 ")
-    sent = stub.requests[-1]
-    assert sent["model"] == "base" and sent["messages"] == for_engine("Be kind.", asked)
-    assert (sent["temperature"], sent["top_p"], sent["max_tokens"], sent["seed"]) == (0.1, 0.5, 7, 42)
-
-
-def test_without_a_seed_none_is_sent(stub: Stub) -> None:
-    reply(stub, TALK[:1])
-    assert stub.requests[-1].get("seed") is None
-
-
-def test_a_seed_that_is_no_number(stub: Stub) -> None:
-    with pytest.raises(UserError, match="'lucky' is not a whole number"):
-        reply(stub, TALK[:1], seed="lucky")
-
-
-def test_a_conversation_longer_than_the_context(stub: Stub) -> None:
-    with pytest.raises(UserError, match="60"):
-        reply(stub, [Message("user", "word " * 100)])
-
-
-def test_closing_a_reply_aborts_the_request(stub: Stub) -> None:
-    stub.delay_s, before = 0.1, stub.aborted
-
-    async def leave() -> None:
-        client = EngineClient(stub.base_url, API_KEY)
-        states = app.replies(client, LABELS, TALK[:1], "base", "", 0.7, 0.9, 50, "")
-        async with aclosing(states):
-            async for _ in states:
-                break
-        for _ in range(50):
-            await asyncio.sleep(0.1)
-            if stub.aborted > before:
-                return
-
-    asyncio.run(leave())
-    stub.delay_s = 0.0
-    assert stub.aborted == before + 1
-
-
-# --- stopping ---
-
-
-def test_until_ends_while_it_waits_and_closes_the_stream() -> None:
-    closed: list[bool] = []
-
-    async def slow() -> AsyncGenerator[int, None]:
-        try:
-            yield 1
-            await asyncio.sleep(60)
-            yield 2
-        finally:
-            closed.append(True)
-
-    async def main() -> list[int]:
-        stop, seen = Stop(), []
-        asyncio.get_running_loop().call_later(0.05, stop.ask)
-        async with aclosing(until(slow(), stop.asked)) as items:
-            async for item in items:
-                seen.append(item)
-        return seen
-
-    assert asyncio.run(asyncio.wait_for(main(), 5)) == [1]
-    assert closed == [True]
-
-
-def test_until_passes_all_items_and_errors_on() -> None:
-    async def failing() -> AsyncGenerator[int, None]:
-        yield 1
-        yield 2
-        raise UserError("no")
-
-    async def main() -> list[int]:
-        seen: list[int] = []
-        with pytest.raises(UserError, match="no"):
-            async for item in until(failing(), asyncio.Event()):
-                seen.append(item)
-        return seen
-
-    assert asyncio.run(main()) == [1, 2]
-
-
-def test_a_new_reply_forgets_older_wishes() -> None:
-    stop = Stop()
-    stop.ask(typed="x", clear=True)
-    assert asyncio.run(stop.begin())
-    assert not stop.asked.is_set() and not stop.clear and stop.typed == ""
-
-
-def test_one_reply_at_a_time_and_after_a_clear_the_next_waits_for_its_end() -> None:
+def test_the_line_under_the_title_says_what_is_served_and_carries_the_revision(parts: Parts, tmp_path: Path) -> None:
     async def main() -> None:
-        stop = Stop()
-        assert await stop.begin()
-        assert not await stop.begin()
-        stop.ask(typed="x")  # ending, but its last words are to be written
-        assert not await stop.begin()
-        stop.ask(clear=True)
-        begun = asyncio.ensure_future(stop.begin())
-        await asyncio.sleep(0.01)
-        assert not begun.done() and stop.asked.is_set()
-        stop.end()
-        assert await begun
-        assert not stop.asked.is_set() and not await stop.begin()
+        before = app.state_line(parts)
+        assert "1 adapter on one base model" in before and f"data-revision='{parts.fleet.revision}'" in before
+        passed(parts.fleet, adapter(tmp_path / "adapters", "legal", 1))
+        after = app.state_line(parts)
+        assert "2 adapters on one base model" in after and after != before
+        parts.fleet.engine_lost("It is <started> again.")
+        lost = app.state_line(parts)
+        assert "It is &lt;started&gt; again." in lost and "role='alert'" in lost and "away" in lost
+        await parts.fleet.engine_back()
+        assert "2 adapters" in app.state_line(parts)
 
-    asyncio.run(asyncio.wait_for(main(), 5))
+    asyncio.run(main())
 
 
-@pytest.mark.parametrize("other", ["on_send", "on_retry", "on_edit"])
-def test_another_event_does_not_detach_the_reply_in_progress(stub: Stub, other: str) -> None:
-    page = app.build("A title", EngineClient(stub.base_url, API_KEY), "base", "A base.", [], [], 60)
-    events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
-    chosen = ("base", "", 0.7, 0.9, 50, "")
-    data = {"on_send": "More", "on_retry": SimpleNamespace(index=0), "on_edit": SimpleNamespace(index=0, value="Other")}
-    stub.delay_s, stub.reply, asked = 0.05, "a b c d e f g h " * 20, len(stub.requests)
-
-    async def main() -> tuple[list[Any], list[Any]]:
-        stop = Stop()
-        running, meanwhile = [], []
-        async with aclosing(events["on_send"]("Hello", stop, [], *chosen)) as updates:
-            async for update in updates:
-                running.append(update)
-                said = update[1]
-                if len(running) == 3:  # the third shows some of the reply
-                    meanwhile = [one async for one in events[other](data[other], stop, said, *chosen)]
-                    stop.ask()  # and the one in progress can still be stopped
-        return running, meanwhile
-
-    try:
-        running, meanwhile = asyncio.run(asyncio.wait_for(main(), 20))
-    finally:
-        stub.delay_s, stub.reply = 0.0, None
-    assert len(stub.requests) == asked + 1, "nothing else was asked"
-    assert running[-1][1][-1].note == "stopped"
-    [update] = meanwhile
-    assert update[0] == for_page(running[2][1]), "an edited message is shown as it was"
-    assert all(value == {"__type__": "update"} for value in update[1:])
+# --- the application ---
 
 
-def test_after_a_reply_another_may_begin(stub: Stub) -> None:
-    page = app.build("A title", EngineClient(stub.base_url, API_KEY), "base", "A base.", [], [], 60)
-    events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
+def application(parts: Parts, **settings: Any) -> TestClient:
+    return TestClient(web.assemble(app.build("A title", parts), parts.fleet, parts.metrics, **settings))
 
-    async def main() -> list[str]:
-        stop, said, told = Stop(), [], []
-        for text, seed in (("One", ""), ("Two", "no number"), ("Three", "")):  # the second fails
-            async for update in events["on_send"](text, stop, said, "base", "", 0.7, 0.9, 50, seed):
-                said = update[1]
-            told.append(said[-1].text)
-        return told
 
-    assert asyncio.run(main()) == ["I am base. You wrote: One"] * 2 + ["I am base. You wrote: Three"]
+def test_health_is_one_word_and_follows_the_engine(parts: Parts) -> None:
+    with application(parts) as client:
+        answer = client.get("/healthz")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        parts.fleet.engine_lost("Some words about the machine.")
+        answer = client.get("/healthz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "engine restarting"})
+
+
+def test_the_revision_grows_with_what_the_pages_show(parts: Parts) -> None:
+    with application(parts) as client:
+        first = client.get("/revision")
+        assert first.headers["cache-control"] == "no-store"
+        assert client.get("/revision").json() == first.json()
+        parts.fleet.changed()
+        assert client.get("/revision").json()["revision"] == first.json()["revision"] + 1
+
+
+def test_the_script_of_the_pages_asks_for_the_revision_that_there_is(parts: Parts) -> None:
+    """live.js, the route and the line under the title must agree on names."""
+    with application(parts) as client:
+        document = client.get("/").text
+    script = web.LIVE_JS.read_text()
+    assert "setInterval(look, INTERVAL_MS)" in script and "setInterval(look, INTERVAL_MS)" in document
+    assert 'fetch("revision"' in script and "#state [data-revision]" in script and "#refresh" in script
+
+
+def test_metrics_and_who_may_read_them(parts: Parts) -> None:
+    with application(parts) as client:
+        answer = client.get("/metrics")
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
+        assert "lit_ft_engine_up 1.0" in answer.text
+    with application(parts, may_read_metrics=lambda request: False) as client:
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/healthz").status_code == 200
+
+
+def test_our_routes_come_before_the_pages(parts: Parts) -> None:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, str]:
+        return {"object": "list"}
+
+    with application(parts, routers=[router]) as client:
+        assert client.get("/v1/models").json() == {"object": "list"}
+        assert client.get("/").headers["content-type"].startswith("text/html")
+
+
+def test_no_documentation_of_routes_is_published(parts: Parts) -> None:
+    with application(parts) as client:
+        for path in ("/docs", "/redoc", "/openapi.json", "/gradio_api/info", "/monitoring", "/manifest.json"):
+            answer = client.get(path)
+            assert answer.status_code >= 400 or "on_send" not in answer.text, path
+
+
+@pytest.mark.parametrize("address", ["/etc/passwd", "/proc/self/environ", "../pyproject.toml", "conf/serve.yaml"])
+def test_no_file_of_the_server_is_given_out(parts: Parts, address: str) -> None:
+    with application(parts) as client:
+        for route in (f"/gradio_api/file={address}", f"/file={address}", f"/gradio_api/file%3D{address}"):
+            answer = client.get(route)
+            assert answer.status_code >= 400, route
+
+
+def test_files_are_not_taken(parts: Parts) -> None:
+    with application(parts) as client:
+        answer = client.post("/gradio_api/upload", files={"files": ("big.txt", b"x" * 200_000)})
+        assert answer.status_code >= 400
+
+
+def test_a_login_is_asked_for_where_one_is_given(parts: Parts) -> None:
+    with application(parts, login={"auth": lambda name, password: (name, password) == ("ada", "secret")}) as client:
+        assert client.get("/config").status_code == 401
+        refused = client.post("/login", data={"username": "ada", "password": "wrong"})
+        assert refused.status_code == 400
+        allowed = client.post("/login", data={"username": "ada", "password": "secret"})
+        assert allowed.status_code == 200
+        assert client.get("/config").status_code == 200
+
+
+def test_no_other_host_is_named_in_the_pages(parts: Parts) -> None:
+    """Link previews aside, which a browser does not load, the document refers to nothing outside."""
+    with application(parts) as client:
+        document = client.get("/").text
+    loaded = re.findall(
+        r"""(?:<(?:script|link|img|iframe)[^>]+(?:src|href)=|@import |url\()["']?(https?://[^"')\s]+)""", document
+    )
+    assert [found for found in loaded if not found.startswith("http://testserver")] == []
+    assert web.CSS.read_text().count("http") == 0 and web.LIVE_JS.read_text().count("http") == 0
+
+
+def test_the_port_is_given_back_and_one_in_use_is_an_error(parts: Parts) -> None:
+    import socket
+
+    made_app = web.assemble(app.build("A title", parts), parts.fleet, parts.metrics)
+
+    async def main() -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for _ in range(2):
+            async with web.listening(made_app, "127.0.0.1", port):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                answer = await reader.read()
+                assert b"200 OK" in answer and b"server: uvicorn" not in answer.lower()
+                writer.close()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1:\d+.*port="):
+                async with web.listening(made_app, "127.0.0.1", taken.getsockname()[1]):
+                    pass
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 # --- the panel ---
@@ -304,56 +252,3 @@ def test_everything_in_the_panel_is_escaped(tmp_path: Path) -> None:
     )
     assert "<img" not in cards.adapter_card(made)
     assert "<img" not in cards.base_card(evil, evil)
-    assert "<img" not in cards.refused_list([Refused(evil, evil)])
-
-
-# --- the page ---
-
-
-def build(tmp_path: Path, refused: list[Refused]) -> Any:
-    made = [adapter(tmp_path, version=1), adapter(tmp_path, version=2, algorithm="dpo")]
-    client = EngineClient("http://127.0.0.1:9/v1", "key")
-    return app.build("A title", client, "base", "A base.", made, refused, max_model_len=512)
-
-
-def component(page: Any, elem_id: str) -> Any:
-    return next(block for block in page.blocks.values() if block.elem_id == elem_id)
-
-
-def test_the_newest_adapter_is_chosen_and_the_base_is_last(tmp_path: Path) -> None:
-    model = component(build(tmp_path, []), "model")
-    assert model.choices == [
-        ("support@v2 · DPO", "support@v2"),
-        ("support@v1 · SFT", "support@v1"),
-        ("Base model", "base"),
-    ]
-    assert model.value == "support@v2"
-
-
-def test_the_base_alone() -> None:
-    page = app.build("A title", EngineClient("http://127.0.0.1:9/v1", "key"), "base", "A base.", [], [], 512)
-    assert component(page, "model").value == "base"
-    assert "A base." in component(page, "card").value
-
-
-def test_refused_adapters_have_their_place_only_if_there_are_any(tmp_path: Path) -> None:
-    ids = {block.elem_id for block in build(tmp_path / "a", []).blocks.values()}
-    assert "refused" not in ids
-    panel = component(build(tmp_path / "b", [Refused("legal@v1", "Another base.")]), "refused")
-    assert "Another base." in panel.children[0].value
-
-
-def test_every_event_is_limited_private_and_the_queue_has_an_end(tmp_path: Path) -> None:
-    page = build(tmp_path, [])
-    assert page._queue.max_size == app.QUEUE
-    for event in page.fns.values():
-        if event.fn is not None and event.fn not in (list, Stop):
-            assert event.concurrency_limit == app.CONCURRENT_CHATS
-            assert event.api_visibility == "private", event.name
-
-
-def test_no_telemetry_and_safe_markdown(tmp_path: Path) -> None:
-    page = build(tmp_path, [])
-    chat = component(page, "chat")
-    assert page.analytics_enabled is False
-    assert chat.sanitize_html is True and chat.allow_tags is False

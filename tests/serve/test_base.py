@@ -14,7 +14,7 @@ from lit_ft.errors import UserError
 from lit_ft.models.resolve import model_fingerprint
 from serve import base as bases
 from serve.base import Base
-from serve.registry import judge
+from serve.registry import objection, rules_for
 from tests.serve.published import adapter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -38,7 +38,8 @@ def test_the_folder_of_the_training_if_it_is_still_the_same(tmp_path: Path, mode
     found = [trained(root, model, 1), trained(root, model, 2, config="model: {id: /moved/my-model}")]
     base = bases.of_adapters(found)
     assert (base.id, base.place) == (str(model), str(model))
-    assert [one.ref for one in judge(found, root, base.hash, None).served] == ["support@v2", "support@v1"]
+    rules = rules_for(found, root, base.hash, None, None)
+    assert [objection(one, root, rules) for one in found] == ["", ""]
 
 
 def test_a_folder_that_is_gone(tmp_path: Path, model: Path) -> None:
@@ -75,16 +76,17 @@ def test_an_id_of_the_hub_without_owner_is_not_taken_for_a_folder(tmp_path: Path
     with pytest.raises(UserError, match=r"gpt2-of-nobody.*could not be loaded") as told:
         bases.of_adapters([made])
     assert "local model" not in str(told.value)
-    [refused] = judge([made], tmp_path, "sha256:1", None).refused
-    assert "model=gpt2-of-nobody" in refused.reason
+    reason = objection(made, tmp_path, rules_for([made], tmp_path, "sha256:1", None, None))
+    assert "model=gpt2-of-nobody" in reason
 
 
 def test_another_base_that_is_local_is_not_advised_by_its_bare_name(tmp_path: Path, model: Path) -> None:
     made = trained(tmp_path / "adapters", model)
-    [refused] = judge([made], tmp_path / "adapters", "sha256:1", None).refused
-    assert "the local model 'my-model'" in refused.reason and "model=FOLDER" in refused.reason
-    assert "model=my-model" not in refused.reason
-    assert str(model.parent) not in refused.reason, "it is shown on the page"
+    root = tmp_path / "adapters"
+    reason = objection(made, root, rules_for([made], root, "sha256:1", None, None))
+    assert "the local model 'my-model'" in reason and "model=FOLDER" in reason
+    assert "model=my-model" not in reason
+    assert str(model.parent) not in reason, "it is shown on the page"
 
 
 def test_the_newest_servable_adapter_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

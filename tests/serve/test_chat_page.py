@@ -1,4 +1,4 @@
-"""The chat page without a browser: what the engine gets, what is shown of it, what becomes a vote, which model is next."""
+"""The chat page without a browser: what the engine gets, what is shown of it, what becomes a vote, who answers next."""
 
 from __future__ import annotations
 

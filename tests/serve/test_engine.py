@@ -573,7 +573,7 @@ def test_a_forwarded_stream_counts_its_tokens(served: Served) -> None:
         async with client.forward({**body, "stream_options": {"include_usage": True}}) as response:
             assert response.status == 200
             tally = Tally(time.perf_counter())
-            data = b"".join([chunk async for chunk in Raw(response, tally).events()])
+            data = b"".join([chunk async for chunk in Raw(response, tally).chunks])
         events = [json.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
         usage = next(event["usage"] for event in events if event.get("usage"))
         texts = [choice["delta"].get("content") for event in events for choice in event["choices"]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serve import lora_ops
-from serve.lora_ops import Groups, expand, group, linear, shrink
+from serve.lora_ops import Groups, Layer, expand, group, join, linear, shrink
 
 SLOTS, RANK, IN = 3, 4, 20
 WIDTHS = (12, 6, 6)
@@ -110,7 +110,7 @@ def test_linear_equals_a_loop_over_rows_and_leaves_base_rows_alone(
     a, b = [stack(RANK, IN, dtype) for _ in widths], [stack(width, RANK, dtype) for width in widths]
     before = torch.randn(len(indices), sum(widths)).to(dtype)
     y = before.clone()
-    linear(y, x, a, b, 2.0, widths, group(indices))
+    linear(y, x, Layer(a, b, widths), 2.0, group(indices))
     expected = before.double()
     for row, slot in enumerate(indices):
         at = 0
@@ -190,10 +190,32 @@ def test_the_wrapper_agrees_with_vllm_where_vllm_is_right(
         wrapper.add_shrink(buffer, x, a, 1.5)
         wrapper.add_expand(two_steps, buffer, b, WIDTHS, offset_start=0, add_input=True)
         wrapper.add_lora_embedding(embedded, buffer[0], stack_of(b[0], sum(WIDTHS)), add_input=True)
-        wrapper.add_lora_logits(head, x[: len(samples)], head_a, head_b, 1.0)
+        wrapper.add_lora_logits(head, x[: len(samples)].clone(), head_a, head_b, 1.0)
         results.append((fused, two_steps, buffer, embedded, head))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("piece", [slice(0, 5), slice(5, 9), slice(3, 4), slice(2, 8)])
+def test_the_head_of_a_prompts_rows_takes_the_adapter_of_those_rows(wrappers: tuple[Any, Any], piece: slice) -> None:
+    """For the log-probabilities of a prompt vLLM passes a slice of the step's tokens, as many as it likes."""
+    rows, samples = [2, 2, 2, 2, 2, 0, 0, -1, 1], [2, 0, -1, 1]
+    x, logits = torch.randn(len(rows), IN), torch.randn(len(rows), 30)
+    head_a, head_b = stack(RANK, IN, torch.float32), stack(30, RANK, torch.float32)
+    wrapper = wrappers[1]
+    wrapper.update_metadata(mapping(rows, samples), [1, 2, 3], SLOTS + 1, 100)
+    found = logits[piece].clone()
+    wrapper.add_lora_logits(found, x[piece], head_a, head_b, 0.5)
+    expected = logits.clone()
+    for i, slot in enumerate(rows):
+        if slot >= 0:
+            expected[i] += (0.5 * plain(head_b, slot) @ plain(head_a, slot) @ x[i].double()).float()
+    torch.testing.assert_close(found, expected[piece], rtol=2e-5, atol=2e-5)
+    # The requests' own rows are gathered, and are mapped as requests.
+    last = torch.tensor([4, 6, 7, 8])
+    sampled = logits[last].clone()
+    wrapper.add_lora_logits(sampled, x[last], head_a, head_b, 0.5)
+    torch.testing.assert_close(sampled, expected[last], rtol=2e-5, atol=2e-5)
 
 
 def stack_of(b: torch.Tensor, width: int) -> torch.Tensor:
@@ -295,6 +317,180 @@ def test_vllm_does_not_start_where_the_operators_do_not_fit(monkeypatch: pytest.
 def test_an_empty_plan_touches_nothing() -> None:
     y = torch.randn(3, 5)
     before = y.clone()
-    linear(y, torch.randn(3, IN), [stack(RANK, IN, torch.float32)], [stack(5, RANK, torch.float32)], 1.0, [5],
-           Groups(3, (), None))  # fmt: skip
+    linear(y, torch.randn(3, IN), layer(widths=(5,)), 1.0, Groups(3, (), None))
     assert torch.equal(y, before)
+
+
+def layer(widths: tuple[int, ...] = WIDTHS, dtype: torch.dtype = torch.float32) -> Layer:
+    """A layer with full stacks, as vLLM makes them."""
+    return Layer([stack(RANK, IN, dtype) for _ in widths], [stack(width, RANK, dtype) for width in widths], widths)
+
+
+def dense(of: Layer, slot: int) -> torch.Tensor:
+    """What the slot's adapter adds to the layer's weight, (out, in), in double precision."""
+    return torch.cat([plain(b, slot) @ plain(a, slot) for a, b in zip(of.a, of.b, strict=True)])
+
+
+def agrees(of: Layer, indices: list[int]) -> None:
+    """A step with these rows gives what the stacks hold now."""
+    x, before = torch.randn(len(indices), IN), torch.randn(len(indices), of.width)
+    y = before.clone()
+    linear(y, x, of, 1.0, group(indices))
+    for row, slot in enumerate(indices):
+        expected = before[row].double() + (dense(of, slot) @ x[row].double() if slot >= 0 else 0.0)
+        torch.testing.assert_close(y[row].double(), expected, rtol=2e-5, atol=2e-5)
+        if slot < 0:
+            assert torch.equal(y[row], before[row])
+
+
+MIXED = [2, -1, 0, 2, 1, -1, 0, 0, -1, 2, 1, 1, 1]
+
+
+def write(of: Layer, slot: int, rank: int, *, slices: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Another adapter in the slot, as vLLM's set_lora writes it: zeros, then the adapter's own part."""
+    for i, (a, b) in enumerate(zip(of.a, of.b, strict=True)):
+        a[slot] = 0
+        b[slot] = 0
+        if i in slices:
+            a[slot, 0, :rank, :IN].copy_(torch.randn(rank, IN), non_blocking=True)
+            b[slot, 0, : b.shape[2], :rank].copy_(torch.randn(b.shape[2], rank), non_blocking=True)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_a_slot_that_gets_another_adapter_is_never_served_with_the_old_one(inference: bool) -> None:
+    """vLLM writes into the stacks in place, some of it in inference mode."""
+    made = layer()
+    agrees(made, MIXED)
+    with torch.inference_mode(inference):
+        write(made, 0, RANK)
+        agrees(made, MIXED)
+        write(made, 0, 1, slices=(1,))
+        agrees(made, MIXED)
+        # One write into one slice, without the zeros before it.
+        made.b[2][1, 0, 3, 2] += 1.0
+        agrees(made, MIXED)
+
+
+def test_an_unloaded_adapter_adds_nothing_and_its_slot_can_be_used_again() -> None:
+    made = layer()
+    agrees(made, [1] * 3)
+    for stacked in (*made.a, *made.b):
+        stacked[1] = 0  # reset_lora
+    assert made.weights(1, torch.float32) is None
+    y = torch.randn(5, made.width)
+    before = y.clone()
+    linear(y, torch.randn(5, IN), made, 1.0, group([1] * 5))
+    assert torch.equal(y, before)
+    agrees(made, MIXED)  # beside others that are loaded
+    write(made, 1, 2)
+    agrees(made, MIXED)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9], ids=["one row", "few rows", "many rows"])
+def test_adapters_of_other_ranks_and_slices_share_a_layer(rows: int) -> None:
+    made = layer()
+    write(made, 0, 1)
+    write(made, 1, 3, slices=(0, 2))
+    write(made, 2, RANK, slices=(1,))
+    for slot in range(SLOTS):
+        agrees(made, [slot] * rows)
+    agrees(made, [0, 1, 2] * rows)
+    agrees(made, [-1, 2, 1, 0] * rows)
+
+
+def test_joined_weights_hold_the_adapters_own_ranks_only() -> None:
+    made = layer()
+    write(made, 0, 2, slices=(0, 2))
+    weights = made.weights(0, torch.float32)
+    assert weights is not None
+    assert weights.a.shape == (IN, 4) and weights.b.shape == (4, sum(WIDTHS))  # two slices of rank 2
+    assert [columns for _, columns, _ in weights.blocks] == [slice(0, 12), slice(18, 24)]
+    torch.testing.assert_close((weights.a @ weights.b).T.double(), dense(made, 0), rtol=1e-5, atol=1e-5)
+    assert made.weights(0, torch.float32) is weights  # joined once
+
+
+def test_a_rank_adds_nothing_if_a_or_b_is_zero_and_nan_is_not_zero() -> None:
+    a, b = stack(RANK, IN, torch.float32), stack(5, RANK, torch.float32)
+    b[0, 0, :, 1] = 0
+    a[0, 0, 2] = 0
+    b[1] = 0  # an adapter at the start of its training
+    a[2, 0, 0, 0] = torch.nan
+    kept = join([a], [b], [5], 0, torch.float32)
+    assert kept is not None and torch.equal(kept.a.T, a[0, 0, [0, 3]])
+    assert join([a], [b], [5], 1, torch.float32) is None
+    y = torch.zeros(1, 5)
+    linear(y, torch.randn(1, IN), Layer([a], [b], [5]), 1.0, group([2]))
+    assert y.isnan().all()
+
+
+def test_weights_are_kept_for_each_type_of_output() -> None:
+    made = layer(dtype=torch.bfloat16)
+    x = torch.randn(2, IN)
+    for dtype, tolerance in (
+        (torch.float32, 2e-5),
+        (torch.float64, 1e-12),
+        (torch.bfloat16, 0.1),
+        (torch.float32, 2e-5),
+    ):
+        y = torch.zeros(2, made.width, dtype=dtype)
+        linear(y, x.to(dtype), made, 1.0, group([0, 0]))
+        expected = x.to(dtype).double() @ dense(made, 0).T
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_stacks_whose_writes_are_not_counted_are_read_each_time() -> None:
+    with torch.inference_mode():
+        made = layer()
+        agrees(made, MIXED)
+        write(made, 0, RANK)
+        agrees(made, MIXED)
+
+
+def test_logits_follow_the_requests_and_skip_adapters_without_a_head(wrappers: tuple[Any, Any]) -> None:
+    """Each request has one row here, whatever the number of its tokens; the model may pad the vocabulary."""
+    wrapper = wrappers[1]
+    a, b = stack(RANK, IN, torch.float32), stack(30, RANK, torch.float32)
+    b[0] = 0
+    x = torch.randn(4, IN)
+    wrapper.update_metadata(mapping([0, 0, 0, -1, 1, 1, 2], [0, -1, 1, 2]), [1, 2, 3], SLOTS + 1, 100)
+    for columns in (28, 30, 32):
+        logits = torch.randn(4, columns)
+        y = logits.clone()
+        wrapper.add_lora_logits(y, x, a, b, 1.0)
+        shared = min(30, columns)
+        for row, slot in ((2, 1), (3, 2)):
+            expected = logits[row, :shared] + b[slot, 0, :shared] @ (a[slot, 0] @ x[row])
+            torch.testing.assert_close(y[row, :shared], expected, rtol=2e-5, atol=2e-5)
+        assert torch.equal(y[:2], logits[:2]) and torch.equal(y[:, shared:], logits[:, shared:])
+
+
+def test_vllms_own_layers_and_slots(wrappers: tuple[Any, Any]) -> None:
+    """Through the code that vLLM itself writes adapters with: set_lora and reset_lora of a merged layer."""
+    layers = pytest.importorskip("vllm.lora.layers.column_parallel_linear")
+    merged = layers.MergedColumnParallelLinearWithLoRA.__new__(layers.MergedColumnParallelLinearWithLoRA)
+    torch.nn.Module.__init__(merged)
+    merged.n_slices, merged.tp_size = len(WIDTHS), 1
+    merged.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, RANK, IN) for _ in WIDTHS)
+    merged.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, width, RANK) for width in WIDTHS)
+    wrapper = wrappers[1]
+    rows = [0, -1, 0]
+    wrapper.update_metadata(mapping(rows, rows), [1, None, None], SLOTS + 1, 100)
+
+    def step() -> torch.Tensor:
+        y = torch.zeros(3, sum(WIDTHS))
+        wrapper.add_lora_linear(y, torch.ones(3, IN), merged.lora_a_stacked, merged.lora_b_stacked, 1.0, WIDTHS)
+        return y
+
+    assert not step().any()
+    for rank in (2, 4, 1):  # three adapters, one after another, in the same slot
+        a = [torch.randn(rank, IN), None, torch.randn(rank, IN)]
+        b = [torch.randn(WIDTHS[0], rank), None, torch.randn(WIDTHS[2], rank)]
+        with torch.inference_mode():
+            merged.set_lora(0, a, b)
+            y = step()
+        expected = torch.cat([b[0] @ a[0].sum(1), torch.zeros(WIDTHS[1]), b[2] @ a[2].sum(1)])
+        torch.testing.assert_close(y[0], expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(y[2], expected, rtol=2e-5, atol=2e-5)
+        assert not y[1].any()
+    merged.reset_lora(0)
+    assert not step().any()

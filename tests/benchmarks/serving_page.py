@@ -1,0 +1,149 @@
+"""Many people at the pages at once, before a stand-in for vLLM that writes as fast as vLLM on a GPU.
+
+Each session is a tab: it loads the page with all its first events, keeps its heartbeat open, asks every second whether
+something changed, and sends messages with pauses, over Gradio's own protocol and at most six connections, as browsers
+do. The server has no limits on requests, since more come here in a minute than people send. All sessions stay open
+until the last one has its last reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.benchmarks.findings import Findings, percentile, rounded, spread
+from tests.benchmarks.page_client import Event, Page
+from tests.benchmarks.served import Process, app, stub
+from tests.processes import free_ports
+
+WORDS, DELAY_S = 40, 0.025
+"""Of a reply, besides the question in it; 40 tokens a second."""
+
+CONNECTIONS = 6
+REVISION_S = 1.0
+
+
+@dataclass
+class Seen:
+    """What all sessions saw."""
+
+    loads: list[Event] = field(default_factory=list)
+    chats: list[Event] = field(default_factory=list)
+    pages_s: list[float] = field(default_factory=list)
+    """From opening the tab to the end of its first events."""
+
+    revisions_s: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    overtime_s: list[float] = field(default_factory=list)
+    """Of chat events: to completion, less the time that the stand-in took to write the reply."""
+
+
+def measure(options: argparse.Namespace) -> Findings:
+    """The whole part."""
+    with tempfile.TemporaryDirectory() as name, serving_stub(Path(name), words=WORDS, delay_s=DELAY_S) as server:
+        with server as url:
+            seen = asyncio.run(visit(url, options))
+    return judge(seen, options)
+
+
+@contextmanager
+def serving_stub(folder: Path, **behaviour: float) -> Iterator[Process]:
+    """Our web app, not yet started, before a stand-in for vLLM; it has two adapters and a port of its own."""
+    from tests.serve import published
+    from tests.serve.stub_engine import API_KEY
+
+    for name in ("support", "tone"):
+        published.folder(folder / "adapters", name)
+    base = {"id": "bundled", "place": "", "hash": published.BASE_HASH}
+    (port,) = free_ports(1)
+    with Process(stub(["base"], **behaviour), folder) as engine:
+        server = Process(app(engine, API_KEY, port, base), folder)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+async def visit(url: str, options: argparse.Namespace) -> Seen:
+    """All sessions, which begin within `--ramp` seconds."""
+    seen = Seen()
+    asked = asyncio.Barrier(options.sessions)
+    await asyncio.gather(*(_session(url, number, options, seen, asked) for number in range(options.sessions)))
+    return seen
+
+
+async def _session(url: str, number: int, options: argparse.Namespace, seen: Seen, asked: asyncio.Barrier) -> None:
+    import aiohttp
+
+    chance = random.Random(number)
+    await asyncio.sleep(options.ramp * number / options.sessions)
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
+    jar = aiohttp.CookieJar(unsafe=True)  # takes cookies from an address, which has no name
+    async with aiohttp.ClientSession(trust_env=False, connector=connector, cookie_jar=jar) as http:
+        page = Page(http, url)
+        polling: asyncio.Task[None] | None = None
+        try:
+            began = time.monotonic()
+            seen.loads += await page.load()
+            seen.pages_s.append(time.monotonic() - began)
+            polling = asyncio.create_task(_poll(page, seen))
+            for turn in range(options.messages):
+                await asyncio.sleep(chance.uniform(0, 2 * options.pause))
+                await _chat(page, f"Question {turn} of session {number}?", seen)
+        except Exception as error:
+            seen.errors[f"{type(error).__name__}: {error}"[:200]] += 1
+        finally:
+            await asked.wait()
+            if polling is not None:
+                polling.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await polling
+            await page.close()
+
+
+async def _chat(page: Page, question: str, seen: Seen) -> None:
+    assert page.layout is not None
+    event = await page.fire(page.layout.event("send", "click"), "chat", {"box": question})
+    seen.chats.append(event)
+    seen.overtime_s.append(event.done_s - DELAY_S * (WORDS + len(f"I am MODEL. You wrote: {question}".split())))
+    last = str(event.outputs["chat"][-1]["content"])
+    if f"You wrote: {question}" not in last:
+        seen.errors[f"a reply to something else: {last[:80]}"] += 1
+
+
+async def _poll(page: Page, seen: Seen) -> None:
+    while True:
+        try:
+            seen.revisions_s.append(await page.revision())
+        except Exception as error:
+            seen.errors[f"revision: {type(error).__name__}: {error}"[:200]] += 1
+        await asyncio.sleep(REVISION_S)
+
+
+def judge(seen: Seen, options: argparse.Namespace) -> Findings:
+    """The figures; any error is wrong."""
+    errors = seen.errors.total()
+    first = [event.first_s for event in (*seen.loads, *seen.chats)]
+    late = percentile(first, 0.95)
+    lines = [
+        f"sessions            {options.sessions}, {options.messages} messages each, pauses of {options.pause:g} s on "
+        f"average, begun within {options.ramp:g} s; no limits; p95_s is of all events, to the first update",
+        f"page loaded         {spread(seen.pages_s)}",
+        f"load events         {spread([event.done_s for event in seen.loads])}",
+        f"chat, first update  {spread([event.first_s for event in seen.chats])}",
+        f"chat, whole reply   {spread(seen.overtime_s)}, beyond the engine's own time",
+        f"revision            {spread(seen.revisions_s)}",
+    ]
+    wrong = [f"page: {count} x {text}" for text, count in seen.errors.most_common(5)]
+    if len(seen.chats) < options.sessions * options.messages and not wrong:
+        wrong.append(f"page: {len(seen.chats)} replies, {options.sessions * options.messages} expected")
+    return Findings({"sessions": options.sessions, "errors": errors, "p95_s": rounded(late)}, lines, wrong)
