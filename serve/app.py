@@ -41,6 +41,9 @@ def build(title: str, parts: Parts) -> gr.Blocks:
         for load in loads:
             load(page.load)
         dark.click(None, js=TOGGLE_DARK_JS)
+    # Also the events that Gradio makes itself, to give each session its own State.
+    for event in page.fns.values():
+        event.api_visibility = "private"
     page.queue(max_size=QUEUE, default_concurrency_limit=QUICK["concurrency_limit"])
     return page
 

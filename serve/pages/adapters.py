@@ -15,7 +15,7 @@ from serve.fleet import Fleet, Served, State, Version
 from serve.pages.parts import QUICK, Parts, notice, told
 
 HEADERS = ["Version", "State", "Requests", "First token", "Tokens/s", "Trained with", "Published", "Why"]
-WIDTHS = ["15%", "11%", "9%", "10%", "9%", "10%", "14%", "22%"]
+WIDTHS = ["130px", "110px", "85px", "90px", "80px", "105px", "110px", "260px"]
 
 READ_ONLY = "Only those whom this server's configuration names (auth.admins) may change what is served."
 

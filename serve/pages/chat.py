@@ -15,7 +15,7 @@ import gradio as gr
 
 from lit_ft.errors import UserError
 from serve.client import Timing
-from serve.conversation import Message, Origin, as_typed, for_engine, for_page, up_to_question
+from serve.conversation import Message, Origin, as_typed, for_engine, for_page, literal, up_to_question
 from serve.gateway import Gateway
 from serve.pages.parts import QUICK, STREAMING, Parts, notice, told
 from serve.stopping import Stop, until
@@ -164,6 +164,9 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     ) -> AsyncIterator[tuple[Any, ...]]:
         index, text = _index(data.index), as_typed(str(data.value))
         if 0 <= index < len(said) and said[index].role == "assistant":
+            if _is_line_below(str(data.previous_value), said[index]):
+                yield tuple(gr.skip() for _ in shown)
+                return
             yield await better(request, said, index, text)
             return
         found = up_to_question(said, index)
@@ -332,6 +335,11 @@ def _conversation(history: list[Message]) -> tuple[Any, list[Message]]:
 def _buttons(busy: bool) -> tuple[Any, Any]:
     """Send and Stop share one place."""
     return gr.update(visible=not busy), gr.update(visible=busy)
+
+
+def _is_line_below(text: str, message: Message) -> bool:
+    """Whether an edit is of the line that says who wrote the reply: the widget sends one for each part of a message."""
+    return text != literal(message.text) and (text == message.label or text.startswith(f"{message.label} · "))
 
 
 def _index(index: int | Sequence[int]) -> int:

@@ -60,10 +60,10 @@ SHARES = Axis(0.0, 1.0, (0, 0.25, 0.5, 0.75, 1), lambda share: f"{share:.0%}", 0
 
 
 def around(estimates: Sequence[Estimate], reference: float, write: Callable[[float], str]) -> Axis:
-    """An axis with round ticks that holds every interval and the reference."""
+    """An axis with round ticks, whole numbers, that holds every interval and the reference."""
     low = min([reference, *(one.low for one in estimates)])
     high = max([reference, *(one.high for one in estimates)])
-    step = _round_up((high - low) / 4 or 1.0)
+    step = _round_up(max((high - low) / 4, 1.0))
     first, last = math.floor(low / step), math.ceil(high / step)
     if first == last:
         first, last = first - 1, last + 1
@@ -169,6 +169,6 @@ def name(moment: datetime, bucket: Bucket) -> str:
 
 
 def _round_up(step: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10, 20, …"""
+    """The next of 1, 2, 5, 10, 20, …"""
     power = 10.0 ** math.floor(math.log10(step))
-    return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= step * (1 - 1e-9))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))

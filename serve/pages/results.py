@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # An exported file is needed for as long as its download takes.
 EXPORT_S = 600.0
 
-HERE, EVERYWHERE = "This server's base", "Every base"
+HERE, EVERYWHERE = "Served here", "Any"
 
 # The link's address is known to the page only after the file has been written.
 DOWNLOAD_JS = """(file) => {

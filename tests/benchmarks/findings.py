@@ -35,7 +35,9 @@ def spread(values: Sequence[float], unit: str = "s") -> str:
     if not values:
         return "none"
     median, late = statistics.median(values), percentile(values, 0.95)
-    return f"median {median:.3f} {unit}, 95% within {late:.3f} {unit}, at most {max(values):.3f} {unit} ({len(values):,})"
+    return (
+        f"median {median:.3f} {unit}, 95% within {late:.3f} {unit}, at most {max(values):.3f} {unit} ({len(values):,})"
+    )
 
 
 def rounded(value: float, digits: int = 3) -> float | None:

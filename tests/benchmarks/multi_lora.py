@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(tokens: int = 64, rounds: int = 5, servers: Sequence[str] = tuple(SERVERS)) -> dict[str, dict[str, float]]:
     """Tokens/s by server and case ("four_mixed_32"), and the ratio of each case to the base with as many streams.
 
-    Those of `ours` also hold `different_replies`: replies of mixed batches that differ from one at a time, and
+    Those with the flag also hold `different_replies`: replies of mixed batches that differ from one at a time, and
     `vs_no_lora_flag_…`: against the base of the server without the flag, which ran at another time.
     """
     found: dict[str, dict[str, float]] = {}
@@ -147,7 +147,7 @@ def serving(server: str, adapters: Sequence[Adapter], folder: Path) -> Iterator[
             max_lora_rank=RANK,
             max_model_len=1024,
             dtype="float32" if engine.on_cpu() else "auto",
-            log_path=Path("/tmp/g") / f"{server}.log",
+            log_path=folder / f"{server}.log",
             start_timeout=600,
         )
         try:

@@ -1,4 +1,4 @@
-"""A browser's side of our pages without a browser: Gradio's protocol over HTTP (sse_v3), as its own client speaks it."""
+"""A browser's side of our pages without a browser: Gradio's protocol over HTTP (sse_v3), as its client speaks it."""
 
 from __future__ import annotations
 

@@ -49,9 +49,12 @@ class Seen:
 
 def measure(options: argparse.Namespace) -> Findings:
     """The whole part."""
-    with tempfile.TemporaryDirectory() as name, serving_stub(Path(name), words=WORDS, delay_s=DELAY_S) as server:
-        with server as url:
-            seen = asyncio.run(visit(url, options))
+    with (
+        tempfile.TemporaryDirectory() as name,
+        serving_stub(Path(name), words=WORDS, delay_s=DELAY_S) as server,
+        server as url,
+    ):
+        seen = asyncio.run(visit(url, options))
     return judge(seen, options)
 
 

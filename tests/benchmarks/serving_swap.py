@@ -166,9 +166,7 @@ async def under_load(
         for prompt in itertools.islice(itertools.cycle(PROMPTS), number, None):
             if time.monotonic() >= end:
                 return
-            load.replies.append(
-                await ask(http, f"{url}/v1", NAME, prompt, max_tokens=options.tokens, surely=True)
-            )
+            load.replies.append(await ask(http, f"{url}/v1", NAME, prompt, max_tokens=options.tokens, surely=True))
 
     async def poll() -> None:
         while True:

@@ -34,13 +34,14 @@ VERDICTS = ("left", "right", "tie", "both_bad")
 REPEATED, CONTRADICTED = 20, 50
 """Every so many votes one is sent again when it was acknowledged, and one with another verdict."""
 
-PATIENCE_S = 600.0
+PATIENCE_S = 1800.0
 """For one vote, with all its attempts."""
 
-ATTEMPT_S = 180.0
+ATTEMPT_S = 900.0
 """For one attempt: with thousands at once each waits for those before it."""
 
-AGAIN_S = (0.5, 1.5)
+AGAIN_S = (1.0, 4.0)
+"""Until a voter tries again, when the server is away."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ async def poll(server: Process, casts: Sequence[Cast], options: argparse.Namespa
     outcome = Outcome()
     url = await asyncio.to_thread(server.start)
     connector = aiohttp.TCPConnector(limit=options.at_once)
-    async with aiohttp.ClientSession(
-        trust_env=False, connector=connector, cookie_jar=aiohttp.DummyCookieJar()
-    ) as http:
+    async with aiohttp.ClientSession(trust_env=False, connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as http:
         async with http.get(f"{url}/config") as response:
             layout = Layout(await response.json())
         killing = asyncio.create_task(_kill(server, outcome, len(casts), options.kills))
@@ -154,10 +153,12 @@ async def _kill(server: Process, outcome: Outcome, votes: int, kills: int) -> No
         while len(outcome.acknowledged) < votes * (number + 1) / (kills + 1):
             await asyncio.sleep(0.005)
         outcome.in_flight.append(outcome.open)
+        killed = time.monotonic()
         await asyncio.to_thread(server.kill)
         outcome.kills += 1
         say(f"votes      killed at {len(outcome.acknowledged):,} acknowledged, {outcome.in_flight[-1]:,} under way")
         await asyncio.to_thread(server.start)
+        say(f"votes      started again after {time.monotonic() - killed:.1f} s")
 
 
 async def _vote(

@@ -1,4 +1,4 @@
-"""The pages on a loopback port as `python -m serve` serves them, in a thread of this process with its own event loop."""
+"""The pages on a loopback port as `python -m serve` serves them, in a thread with an event loop of its own."""
 
 from __future__ import annotations
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +24,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 TRAINING = [c.removeprefix("python -m lit_ft ") for c in COMMANDS if c.startswith("python -m lit_ft ")]
-SERVING = [c.removeprefix("python -m serve").strip() for c in COMMANDS if c.startswith("python -m serve")]
+SERVING = [c.removeprefix("python -m serve").strip() for c in COMMANDS if re.match(r"python -m serve( |$)", c)]
+ACCOUNTS = [c.removeprefix("python -m serve.accounts ") for c in COMMANDS if c.startswith("python -m serve.accounts ")]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none")
 
 
@@ -93,14 +98,56 @@ def test_serving_command_composes(command: str) -> None:
     assert cfg.port == (8000 if "port=8000" in command else 7860)
 
 
+def test_the_server_starts_with_the_accounts_that_the_commands_make(tmp_path: Path) -> None:
+    from serve.access import check_access
+
+    for command in ACCOUNTS:
+        done = subprocess.run(
+            [sys.executable, "-m", "serve.accounts", *shlex.split(command)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            input="correct horse\n",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    found = check_access("0.0.0.0", users=tmp_path / "users.txt", api_keys=tmp_path / "keys.txt")
+    assert found.users is not None and found.users.verify("ann", "correct horse")
+
+
+def test_the_lines_of_python_talk_to_a_server(tmp_path: Path) -> None:
+    from tests.serve.published import adapter as made
+
+    made(tmp_path / "adapters")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.serve.stub_process", f"port={port}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None and server.stdout.readline() == f"http://127.0.0.1:{port}\n"
+        (lines,) = PYTHON
+        assert lines.count("127.0.0.1:7860") == 1
+        known: dict[str, Any] = {}
+        exec(lines.replace("7860", str(port)), known)
+        assert {"support", "support@v1", "base"} <= {model.id for model in known["client"].models.list()}
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m tests.benchmarks")])
 def test_benchmark_command_is_understood(command: str) -> None:
     """Such commands are run whole, on a tiny model, in tests/benchmarks/."""
-    from tests.benchmarks import distributed, training
+    from tests.benchmarks import distributed, serving, training
 
     module, *words = shlex.split(command)[2:]
-    parse = {"tests.benchmarks.training": training.parse, "tests.benchmarks.distributed": distributed.parse}[module]
-    assert parse(words).rows > 0
+    assert {made.__name__: made for made in (training, distributed, serving)}[module].parse(words)
 
 
 @pytest.mark.parametrize("command", [c for c in TRAINING if c.startswith("-m ")])

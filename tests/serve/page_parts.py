@@ -55,7 +55,12 @@ def made(
 ) -> Parts:
     """Parts in which `adapters` are ready; the stub must know their names. Everybody is `VOTER`."""
     fleet = Fleet(Ready(), base_name, room=8)
-    in_a_loop(lambda: [passed(fleet, adapter) for adapter in adapters])
+
+    def fill() -> None:
+        for adapter in adapters:
+            passed(fleet, adapter)
+
+    in_a_loop(fill)
     metrics = Metrics()
     return Parts(
         gateway=Gateway(EngineClient(stub.base_url, API_KEY), fleet, limits or Limits(), metrics),

@@ -121,6 +121,14 @@ def build(stub: Stub) -> FastAPI:
         text = stub.reply if stub.reply is not None else reply_text(body["model"], body["messages"])
         pieces = [word if i == 0 else " " + word for i, word in enumerate(text.split(" "))]
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(pieces)
+        if not body.get("stream"):
+            await asyncio.sleep(stub.delay_s * len(pieces[:limit]))
+            stub.finished += 1
+            message = {"role": "assistant", "content": "".join(pieces[:limit])}
+            usage = {"prompt_tokens": prompt, "completion_tokens": len(pieces[:limit]), "total_tokens": 0}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            common = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"]}
+            return JSONResponse({**common, "choices": [choice], "usage": usage})
         return StreamingResponse(stream(stub, body, pieces[:limit], prompt), media_type="text/event-stream")
 
     return app

@@ -87,8 +87,10 @@ class Session:
     async def retry(self, index: int, **settings: Any) -> None:
         await self._ask("on_retry", SimpleNamespace(index=index), **settings)
 
-    async def edit(self, index: int, text: str, **settings: Any) -> None:
-        await self._ask("on_edit", SimpleNamespace(index=index, value=text), **settings)
+    async def edit(self, index: int, text: str, *, previous: str | None = None, **settings: Any) -> None:
+        previous = literal(self.said[index].text) if previous is None else previous
+        data = SimpleNamespace(index=index, value=text, previous_value=previous)
+        await self._ask("on_edit", data, **settings)
 
     async def like(self, index: Any, liked: Any) -> None:
         said, line = await self.events["on_like"](SimpleNamespace(index=index, liked=liked), None, self.said)
@@ -305,7 +307,7 @@ def test_another_event_does_not_detach_the_reply_in_progress(parts: Parts, stub:
     data: dict[str, tuple[Any, ...]] = {
         "on_send": (None, "More"),
         "on_retry": (SimpleNamespace(index=0), None),
-        "on_edit": (SimpleNamespace(index=0, value="Other"), None),
+        "on_edit": (SimpleNamespace(index=0, value="Other", previous_value="Hello"), None),
     }
     stub.delay_s, stub.reply, asked = 0.05, "a b c d e f g h " * 20, len(stub.requests)
 
@@ -514,6 +516,21 @@ def test_a_second_edit_is_still_preferred_over_the_models_own(parts: Parts) -> N
     pairs = votes(parts, "preference_pairs")
     assert [pair["chosen"] for pair in pairs] == ["Better.", "Best."]
     assert {pair["rejected"] for pair in pairs} == {"I am support@v1. You wrote: Hello"}
+
+
+def test_the_line_below_a_reply_is_no_better_answer(parts: Parts) -> None:
+    """The widget sends an edit for each part of a message: the text, and the line that says who wrote it."""
+
+    async def main() -> None:
+        session = Session(parts)
+        await session.send("Hello")
+        line = for_page(session.said)[1]["content"][1]["text"]
+        await session.edit(1, "Better.")
+        await session.edit(1, line, previous=line)
+        assert session.said[1].text == "Better."
+
+    run(main())
+    assert [pair["chosen"] for pair in votes(parts, "preference_pairs")] == ["Better."]
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "I am support@v1. You wrote: Hello"])

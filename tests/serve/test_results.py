@@ -82,7 +82,7 @@ def test_days_are_utc_and_the_last_one_belongs_to_them() -> None:
 
 @pytest.mark.parametrize("day", ["soon", "2026-13-01", "23.11.2026", "9999-12-31"])
 def test_what_is_no_day_is_said(day: str) -> None:
-    with pytest.raises(UserError, match="Since .* is no day"):
+    with pytest.raises(UserError, match=r"Since .* is no day"):
         results.read_filters("h", [], results.HERE, day, None, False)
 
 
@@ -150,7 +150,7 @@ def test_names_from_outside_are_text(parts: Parts) -> None:
 def test_the_anchor_has_no_interval_and_groups_stand_apart() -> None:
     drawn = results.strengths(votes([("base", "a", "left"), ("x", "y", "left"), ("a", "base", "tie")]), str, "base")
     words = text(drawn)
-    assert "1000 by definition" in words and "base is 1000" in words
+    assert "1000  by definition" in words and "base is 1000" in words
     assert words.index("Never compared with those above") < words.index("x")
     assert text(results.strengths(votes([("a", "b", "left")]), str, "base")).count("mean is 1000") == 1
 

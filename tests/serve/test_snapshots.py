@@ -53,9 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_copy_of_what_the_engine_reads_and_of_nothing_else(
-    tmp_path: Path, loader: Loader, copies: Snapshots
-) -> None:
+def test_a_copy_of_what_the_engine_reads_and_of_nothing_else(tmp_path: Path, loader: Loader, copies: Snapshots) -> None:
     made = adapter(tmp_path / "adapters")
     (made.path / "run_me.py").write_text("")
     asyncio.run(copies.load(made))
