@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -131,6 +132,7 @@ async def _run(
     from serve.supervisor import Supervisor
     from serve.watcher import Watcher
 
+    importlib.import_module("openai")  # a second that the first chat should not wait
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

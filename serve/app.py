@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from serve.blocks import Blocks
 from serve.pages import adapters, chat, compare, results
 from serve.pages.parts import QUICK, Parts
 from serve.theme import TOGGLE_DARK_JS
@@ -20,7 +21,7 @@ def build(title: str, parts: Parts) -> gr.Blocks:
     """The pages, not yet served (see `serve.web`)."""
     # Gradio sends some of its telemetry by this variable, not by the argument below.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with Blocks(title=title, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             gr.HTML(f"<h1>{html.escape(title)}</h1>", elem_id="title", container=False)
             state = gr.HTML("", elem_id="state", container=False)

@@ -165,6 +165,10 @@ class EngineClient:
             raise _in_stream(error) from error
         except _transport().HTTPError as error:  # the connection was cut inside the stream
             raise EngineGoneError(GONE) from error
+        except RuntimeError as error:  # this client was closed, as `connect` does, between two steps
+            if "closed" not in str(error):
+                raise
+            raise EngineGoneError(GONE) from error
         if reason is None:  # the stream ended without its end
             raise EngineGoneError(GONE)
         tokens = usage.completion_tokens if usage else pieces

@@ -71,14 +71,17 @@ def _content(message: Message) -> list[dict[str, str]]:
 
 
 def literal(text: str) -> str:
-    """Markdown that shows tags as they were written: the widget would run or drop them."""
+    """Markdown that shows tags as they were written: the widget would run or drop them. A picture becomes a link.
+
+    A picture would be fetched from wherever the model says, which tells its host who reads and what was said.
+    """
     # Only what Markdown would take for a tag or an entity: `a < b` stays readable where it is edited or copied.
-    return _outside_code(text, lambda part: _TAG.sub("&lt;", _ENTITY.sub("&amp;", part)))
+    return _outside_code(text, lambda part: _TAG.sub("&lt;", _ENTITY.sub("&amp;", part)).replace("![", "&#33;["))
 
 
 def as_typed(text: str) -> str:
     """The inverse of `literal`: what a person meant by text that the widget gave them to edit."""
-    return _outside_code(text, lambda part: part.replace("&lt;", "<").replace("&amp;", "&"))
+    return _outside_code(text, lambda part: part.replace("&#33;[", "![").replace("&lt;", "<").replace("&amp;", "&"))
 
 
 def _outside_code(text: str, change: Callable[[str], str]) -> str:

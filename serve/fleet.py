@@ -207,7 +207,7 @@ class Fleet:
             return State.RETIRED
         if not version.checked:
             return State.LOADING
-        return State.READY if version.resident or self._wanted(version) else State.RETIRED
+        return State.READY if self._wanted(version) else State.RETIRED
 
     def reason(self, version: Version) -> str:
         """Why it is in its state, where that needs saying."""
@@ -375,7 +375,6 @@ class Fleet:
             version.used = time.monotonic()
             self._freed.set()  # who waits for room may take this one's, if nobody uses it after all
             self._on_swap("loaded")
-            self.changed()
 
     async def _unload(self, version: Version) -> None:
         async with version.lock:
@@ -391,7 +390,6 @@ class Fleet:
             self._leaving.discard(version)
             self._freed.set()
             self._on_swap("unloaded")
-            self.changed()
 
     def _wanted(self, version: Version) -> bool:
         """Whether it stays loaded when nobody uses it."""

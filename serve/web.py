@@ -12,6 +12,7 @@ import gradio as gr
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_ft.errors import UserError
 from serve.fleet import Fleet
@@ -22,6 +23,29 @@ LIVE_JS = Path(__file__).with_name("live.js")
 
 GRACE_S = 3
 """How long open connections have to end when the server stops: a page keeps one open for ever."""
+
+
+POLICY = (
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
+    "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+"""Nothing is fetched from, or sent to, another host, whatever a reply makes of the page (Mermaid draws pictures)."""
+
+
+class Inside:
+    """ASGI middleware that tells browsers the policy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message = {**message, "headers": [*message.get("headers", []), policy]}
+            await send(message)
+
+        await self._app(scope, receive, tell if scope["type"] == "http" else send)
 
 
 def assemble(
@@ -86,6 +110,7 @@ def assemble(
         css_paths=[CSS],
         head=f"<script>{script}</script>",
     )
+    app.add_middleware(Inside)
     for kind, arguments in reversed(middleware):
         app.add_middleware(kind, **arguments)
     return app

@@ -15,7 +15,7 @@ from serve.fleet import Fleet, Served, State, Version
 from serve.pages.parts import QUICK, Parts, notice, told
 
 HEADERS = ["Version", "State", "Requests", "First token", "Tokens/s", "Trained with", "Published", "Why"]
-WIDTHS = ["130px", "110px", "85px", "90px", "80px", "105px", "110px", "260px"]
+WIDTHS = ["120px", "100px", "78px", "62px", "74px", "72px", "96px", "190px"]
 
 READ_ONLY = "Only those whom this server's configuration names (auth.admins) may change what is served."
 

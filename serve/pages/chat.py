@@ -35,15 +35,16 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     Returns what `app` calls at a page's load, with its inputs and outputs; `refresh` does the same when something
     that the server serves has changed.
     """
+    fleet = parts.fleet
     # Callables: every session gets its own.
     history = gr.State(list)
     stop = gr.State(Stop)
     picked = gr.State(False)  # whether the person chose the model, rather than the page
     with gr.Row():
         with gr.Column(scale=7, min_width=320, elem_id="talk"):
-            model = gr.Dropdown(
-                [], value=None, label="Model", elem_id="model", filterable=True, allow_custom_value=False
-            )
+            # Custom values: Gradio would check a choice against the list it sent last, and a server that was started
+            # again has sent none. What may be asked is the fleet's to say.
+            model = gr.Dropdown([], value=None, label="Model", elem_id="model", allow_custom_value=True)
             newer = gr.HTML(elem_id="newer", visible=False, container=False, padding=False)
             chat = gr.Chatbot(
                 elem_id="chat",
@@ -219,14 +220,15 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         stop.ask(clear=True)
         return *_conversation([]), gr.skip(), notice(""), *_buttons(busy=False)
 
-    async def on_refresh(chosen: str | None, picked: bool, said: list[Message]) -> tuple[Any, ...]:
-        """The list of models, and whether there is a newer one than this chat's."""
-        stays = chosen if chosen and (picked or said) else ""
-        choices = parts.choices(stays)
-        value = stays or choices[0][1]
-        return gr.update(choices=choices, value=value), parts.card(value), _newer(parts, value, said)
+    async def on_refresh(chosen: str | None, picked: bool, said: list[Message]) -> Any:
+        """The list of models. Its value is sent only where it is to change: a choice may be made meanwhile."""
+        if chosen and (picked or said):
+            return gr.update(choices=parts.choices(chosen))
+        choices = parts.choices()
+        return gr.update(choices=choices, value=choices[0][1])
 
-    async def on_model(chosen: str, said: list[Message]) -> tuple[Any, ...]:
+    async def on_model(chosen: str | None, said: list[Message]) -> tuple[Any, ...]:
+        chosen = chosen or fleet.default
         return parts.card(chosen), _newer(parts, chosen, said)
 
     asked = [stop, history, *settings]
@@ -238,10 +240,16 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     cleared = gr.on([clear.click, chat.clear], on_clear, stop, shown, **QUICK)
     model.change(on_model, [model, history], [card, newer], **QUICK)
     model.input(lambda: True, None, picked, **QUICK)
-    looked = ([model, picked, history], [model, card, newer])
-    refresh.click(on_refresh, *looked, **QUICK)
-    cleared.then(on_refresh, *looked, **QUICK)
-    return lambda load: load(on_refresh, *looked, **QUICK)
+
+    def look(when: Callable[..., Any]) -> None:
+        # In two steps: the second sees what is chosen by then.
+        when(on_refresh, [model, picked, history], model, **QUICK).then(
+            on_model, [model, history], [card, newer], **QUICK
+        )
+
+    look(refresh.click)
+    look(cleared.then)
+    return look
 
 
 async def replies(

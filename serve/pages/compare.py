@@ -102,14 +102,23 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
                 multiselect=True,
                 label="Draw from (none chosen: the newest versions and the base)",
                 elem_id="pool",
+                allow_custom_value=True,
                 scale=7,
                 min_width=260,
             )
-            left = gr.Dropdown(
-                [], value=None, label="Left", elem_id="left-model", visible=False, scale=4, min_width=150
-            )
-            right = gr.Dropdown(
-                [], value=None, label="Right", elem_id="right-model", visible=False, scale=4, min_width=150
+            # Custom values for the reason that the chat page gives.
+            left, right = (
+                gr.Dropdown(
+                    [],
+                    value=None,
+                    label=side,
+                    elem_id=f"{side.lower()}-model",
+                    allow_custom_value=True,
+                    visible=False,
+                    scale=4,
+                    min_width=150,
+                )
+                for side in SIDES
             )
         with gr.Row(elem_id="panes"):
             heads, panes = [], []
@@ -351,15 +360,16 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         """The lists of models, and what to do where there is only one."""
         choices = parts.choices(*(pooled or []), one or "", two or "")
         refs = [ref for _, ref in choices]
-        one = one or refs[0]
-        two = two or next((ref for ref in refs if ref != one), one)
+        # A value is sent only where there is none: a choice may be made meanwhile.
+        first = {} if one else {"value": refs[0]}
+        second = {} if two else {"value": next((ref for ref in refs if ref != (one or refs[0])), refs[0])}
         few = (
             notice(TOO_FEW, "note") if len(refs) < 2 else notice("") if match is None and len(refs) == 2 else gr.skip()
         )
         return {
             pool: gr.update(choices=choices),
-            left: gr.update(choices=choices, value=one),
-            right: gr.update(choices=choices, value=two),
+            left: gr.update(choices=choices, **first),
+            right: gr.update(choices=choices, **second),
             line: few,
         }
 

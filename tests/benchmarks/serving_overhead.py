@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import aiohttp
 
 ALLOWED = 1.05
+NEARLY_THE_BASE = 0.01
+"""Of the adapter's random weights: its replies are text, and as long as they may be."""
+
 PER_STREAM = 2
 """Requests of each stream in one turn, one after the other."""
 
@@ -67,7 +70,7 @@ def measure(options: argparse.Namespace) -> Findings:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (prepared,) = prepare(folder / "prepared", 1)
+        (prepared,) = prepare(folder / "prepared", 1, NEARLY_THE_BASE)
         ref, _ = publish(folder / "adapters", prepared)
         base = bases.given("bundled")
         engine = Engine(
@@ -144,7 +147,8 @@ def judge(rounds: Sequence[tuple[Turn, Turn]]) -> Findings:
         lines.append(
             f"{key:<20}{summary[key]:.3f} of direct's (rounds: {min(values):.3f} to {max(values):.3f}); above 1 is cost"
         )
-    lines.append(f"{cut:.0%} of the replies had their full length")
+    length = statistics.mean(reply.count for reply in replies)
+    lines.append(f"replies             {length:.1f} tokens on average; {cut:.0%} are as long as they may be")
     wrong = [f"overhead: {key} is {value:.3f}, {ALLOWED} allowed" for key, value in summary.items() if value > ALLOWED]
     return Findings(summary, lines, wrong)
 

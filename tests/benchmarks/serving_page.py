@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.findings import Findings, percentile, rounded, spread
 from tests.benchmarks.page_client import Event, Page
@@ -29,6 +30,9 @@ WORDS, DELAY_S = 40, 0.025
 """Of a reply, besides the question in it; 40 tokens a second."""
 
 CONNECTIONS = 6
+RESENT = 3
+"""Times at most; see `_resending`."""
+
 REVISION_S = 1.0
 
 
@@ -42,6 +46,7 @@ class Seen:
     """From opening the tab to the end of its first events."""
 
     revisions_s: list[float] = field(default_factory=list)
+    resent: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     overtime_s: list[float] = field(default_factory=list)
     """Of chat events: to completion, less the time that the stand-in took to write the reply."""
@@ -91,7 +96,10 @@ async def _session(url: str, number: int, options: argparse.Namespace, seen: See
     await asyncio.sleep(options.ramp * number / options.sessions)
     connector = aiohttp.TCPConnector(limit=CONNECTIONS)
     jar = aiohttp.CookieJar(unsafe=True)  # takes cookies from an address, which has no name
-    async with aiohttp.ClientSession(trust_env=False, connector=connector, cookie_jar=jar) as http:
+    resending = (_resending(seen),)
+    async with aiohttp.ClientSession(
+        trust_env=False, connector=connector, cookie_jar=jar, middlewares=resending
+    ) as http:
         page = Page(http, url)
         polling: asyncio.Task[None] | None = None
         try:
@@ -111,6 +119,21 @@ async def _session(url: str, number: int, options: argparse.Namespace, seen: See
                 with contextlib.suppress(asyncio.CancelledError):
                     await polling
             await page.close()
+
+
+def _resending(seen: Seen) -> Any:
+    """Send again what the server did not get, since it closed an idle connection at that moment: browsers do."""
+    import aiohttp
+
+    async def middleware(request: Any, handler: Any) -> Any:
+        for _ in range(RESENT):
+            try:
+                return await handler(request)
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                seen.resent += 1
+        return await handler(request)
+
+    return middleware
 
 
 async def _chat(page: Page, question: str, seen: Seen) -> None:
@@ -145,6 +168,7 @@ def judge(seen: Seen, options: argparse.Namespace) -> Findings:
         f"chat, first update  {spread([event.first_s for event in seen.chats])}",
         f"chat, whole reply   {spread(seen.overtime_s)}, beyond the engine's own time",
         f"revision            {spread(seen.revisions_s)}",
+        f"sent again          {seen.resent} requests, on connections that had been idle until the server closed them",
     ]
     wrong = [f"page: {count} x {text}" for text, count in seen.errors.most_common(5)]
     if len(seen.chats) < options.sessions * options.messages and not wrong:

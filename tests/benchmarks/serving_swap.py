@@ -67,6 +67,15 @@ class Load:
     listed: dict[str, float] = field(default_factory=dict)
     """When `/v1/models` first named each version."""
 
+    def during(self) -> tuple[list[float], list[float]]:
+        """Seconds to the first token: of requests sent while a version was on its way, and of the others."""
+        ways = [(at, self.listed.get(ref, at + LATE_S)) for ref, at in self.published.items()]
+        found: tuple[list[float], list[float]] = ([], [])
+        for reply in self.replies:
+            if not reply.error:
+                found[not any(began <= reply.sent <= end for began, end in ways)].append(reply.ttft_s)
+        return found
+
     def latencies(self) -> list[float]:
         """From publishing to being listed, of those that were."""
         return [self.listed[ref] - at for ref, at in self.published.items() if ref in self.listed]
@@ -90,7 +99,7 @@ def measure(options: argparse.Namespace) -> Findings:
         return judge(load, alone, options.versions)
 
 
-def prepare(root: Path, count: int) -> list[Prepared]:
+def prepare(root: Path, count: int, std: float = SPREAD) -> list[Prepared]:
     """Random adapters on every linear layer of the bundled model, each with its canary, in folders below `root`."""
     import torch
 
@@ -107,7 +116,7 @@ def prepare(root: Path, count: int) -> list[Prepared]:
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=SPREAD)
+                torch.nn.init.normal_(parameter, std=std)
         folder = root / str(seed)
         folder.mkdir(parents=True)
         save_trained(model, folder)
@@ -219,11 +228,12 @@ def judge(load: Load, alone: Mapping[tuple[str, str], Reply], versions: int) -> 
         wrong.append(f"swap: publish to listed takes {late:.2f} s at the 95th percentile, {LISTED_WITHIN_S:g} allowed")
     wrong += [f"swap: {words}" for words in alike(alone)]
     served = {reply.model for reply in load.replies if reply.model}
-    first_tokens = [reply.ttft_s for reply in load.replies if not reply.error]
+    meanwhile, else_ = load.during()
     lines = [
         f"requests            {len(load.replies):,}, failed {len(failed):,}, answered by {len(served)} versions",
         f"publish to listed   {spread(latencies)}",
-        f"to first token      {spread(first_tokens)}; nothing was said meanwhile to slow clients down",
+        f"to first token      {spread(meanwhile)}, sent while a version was on its way",
+        f"                    {spread(else_)}, else",
         f"replies             {verdicts['same']:,} as their version's alone, {verdicts['rounding']:,} apart after a "
         f"tie (within {TOLERANCE} of the best token), {len(mixed):,} mixed",
     ]

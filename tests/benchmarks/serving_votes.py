@@ -227,8 +227,8 @@ def judge(outcome: Outcome, kept: Kept, options: argparse.Namespace, seconds: fl
     """The figures, and what should not have been."""
     summary = {"acknowledged": len(outcome.acknowledged), "lost": kept.lost, "doubled": kept.doubled}
     lines = [
-        f"votes               {options.votes:,} at once over {options.at_once:,} connections, {outcome.attempts:,} "
-        f"attempts, {rounded(len(outcome.acknowledged) / seconds, 1)} acknowledged per s",
+        f"votes               {options.votes:,} at once over {min(options.at_once, options.votes):,} connections, "
+        f"{outcome.attempts:,} attempts, {rounded(len(outcome.acknowledged) / seconds, 1)} acknowledged per s",
         f"kill -9             {outcome.kills} times, with {', '.join(map(str, outcome.in_flight)) or 'none'} under way",
         f"acknowledged after  {spread(outcome.waits_s)}, with the server away meanwhile",
         f"in the file         {kept.rows:,} votes, {kept.lost} lost, {kept.doubled} doubled",

@@ -98,8 +98,8 @@ def test_votes_in_a_browser_train_the_next_version_that_appears_there(
     # And a better answer, written by hand.
     page.get_by_role("tab", name="Chat").click()
     visit.button("Edit").last.click()
-    page.locator("#chat textarea").fill("Four to five hours from empty.\nNext: plug it in tonight.")
-    visit.button("Submit").click()
+    page.locator("#chat textarea").first.fill("Four to five hours from empty.\nNext: plug it in tonight.")
+    visit.button("Submit").first.click()
     expect(visit.messages.nth(1)).to_contain_text("edited by you")
 
     store = VoteStore(folder / "votes.db")

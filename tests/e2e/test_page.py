@@ -272,13 +272,21 @@ HOSTILE = {
     "<!-- <![CDATA[ &#x3c; &lt;",
     "formula": f"$\\href{{javascript:{FLAG}}}{{x}}$ "
     f"$$\\includegraphics{{https://evil.example/x.png}}$$ \\(\\url{{x}}\\)",
-    "mermaid": f'```mermaid\ngraph TD\nA["<img src=x onerror={FLAG}>"]\nclick A "javascript:{FLAG}"\n```',
+    "mermaid": f'```mermaid\ngraph TD\nA["<img src=https://evil.example/m.png onerror={FLAG}>"]\n'
+    f'click A "javascript:{FLAG}"\n```',
     "open fence": "Here:\n```python\nprint(1)",
     "control characters": "a\x00b\x07c\x08d\x0be\x0cf\x1bg\x7fh\x9bi\ufeffj\ufffek\u2028l\u2029m",
     "ansi": "\x1b[31mred\x1b[0m \x1b]8;;https://evil.example\x07link\x1b]8;;\x07 \x1b[2J",
     "right to left": "\u202egpj.exe\u202c \u2066\u2067\u200f\u061c safe",
     "combining": "Z" + "\u0301" * 500,
 }
+
+
+# Where a link leads, as the browser resolves it; one that it cannot resolve leads nowhere.
+TARGET = """e => {
+  const given = e.getAttribute("href") ?? e.getAttribute("xlink:href");
+  try { return given === null ? "none" : new URL(given, location).href } catch { return "none" }
+}"""
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -297,9 +305,14 @@ def test_whatever_a_model_writes_stays_text(
     page.wait_for_timeout(300)
     reply = visit.messages.nth(count + 1)
     for link in reply.locator(".prose a").all():
-        target = (link.get_attribute("href") or "").strip().lower()
-        assert target.startswith(("http://", "https://", "#")) or target == "", target
-    assert reply.locator("script, iframe, object, embed, form, input, link, meta, base, style").count() == 0
+        # What the browser would do with it: a scheme that it does not know is a path.
+        target = link.evaluate(TARGET)
+        assert target.startswith(("http://", "https://", "mailto:", "none")), target
+    forbidden = (
+        "script, iframe, object, embed, form, link, meta, base, img:not(svg img), :not(svg) > style, "
+        "input:not([type=checkbox])"
+    )
+    assert [found.evaluate("e => e.outerHTML") for found in reply.locator(".prose").locator(forbidden).all()] == []
     assert page.evaluate("window.pwned") is None
     assert visit.outside == [], "a picture is a beacon: it tells another host who reads, and what was said"
     expect(page.locator("#send")).to_be_in_viewport()
@@ -309,7 +322,8 @@ def test_whatever_a_model_writes_stays_text(
     hostile_stub.reply = "All is well."
     assert "All is well." in visit.ask("And now?")
     assert [m["content"] for m in hostile_stub.requests[-1]["messages"]][-2] == HOSTILE[kind]
-    assert visit.complaints == []
+    # What Mermaid draws may ask for a picture; the browser is told to fetch none (serve.web.POLICY), and says so.
+    assert [line for line in visit.complaints if kind != "mermaid" or "Content Security Policy" not in line] == []
     page.locator("#clear").click()
     expect(visit.messages).to_have_count(0)
 
@@ -335,7 +349,7 @@ def hostile_visit(browser: Browser, parts_of_hostile: Parts) -> Iterator[Visit]:
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 200_000, "<" * 50_000, "`" * 50_000, "[" * 20_000, "*a " * 20_000, "> " * 5_000, "\n" * 50_000 + "end"],
+    ["x" * 200_000, "<" * 50_000, "`" * 50_000, "[" * 20_000, "*a*" * 20_000, ">" * 5_000, "\n" * 50_000 + "end"],
     ids=["one line", "angles", "ticks", "brackets", "stars", "quotes", "empty lines"],
 )
 def test_a_huge_reply_does_not_stop_the_page(hostile_visit: Visit, hostile_stub: Stub, text: str) -> None:
@@ -343,7 +357,6 @@ def test_a_huge_reply_does_not_stop_the_page(hostile_visit: Visit, hostile_stub:
 
     visit, page = hostile_visit, hostile_visit.page
     hostile_stub.reply = text
-    page.locator("#max-tokens").wait_for(state="attached")
     visit.ask("Write a lot")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     expect(page.locator("#send")).to_be_in_viewport()
@@ -548,11 +561,11 @@ def test_the_adapters_page_lives_and_its_buttons_work(visit: Visit, pages: Pages
     pages.do(lambda: parts.fleet.quarantine(parts.fleet.found("legal@v1", broken), "It was trained on another base."))
     expect(table).to_contain_text("quarantined", timeout=5000)
 
-    table.get_by_role("gridcell", name="legal@v1").or_(table.locator("td", has_text="legal@v1")).first.click()
+    table.locator(".body-cell", has_text="legal@v1").first.click()
     panel = page.locator("#version")
     expect(panel).to_contain_text("It was trained on another base.")
     expect(page.locator("#pin")).to_be_disabled()
-    table.locator("td", has_text="support@v1").first.click()
+    table.locator(".body-cell", has_text=re.compile(r"^\s*support@v1\s*$")).first.click()
     expect(panel).to_contain_text("support@v1")
     page.locator("#pin").click()
     expect(page.locator("#managed")).to_contain_text("stays loaded")

@@ -24,6 +24,7 @@ class Visit:
         self.page.on("console", lambda message: self._note(message.type, message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self._check(request.url, url))
+        self.page.on("requestfailed", lambda request: self._forgive(request.url, request.failure))
         self.page.goto(url)
         self.box.wait_for()
         self.settle()
@@ -35,6 +36,11 @@ class Visit:
     def _check(self, asked: str, url: str) -> None:
         if not asked.startswith((url, "data:", "blob:")):
             self.outside.append(asked)
+
+    def _forgive(self, asked: str, failure: str | None) -> None:
+        """What the page's own policy stops never leaves the browser."""
+        if failure == "csp" and asked in self.outside:
+            self.outside.remove(asked)
 
     @property
     def box(self) -> Locator:

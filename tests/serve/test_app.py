@@ -186,6 +186,15 @@ def test_no_other_host_is_named_in_the_pages(parts: Parts) -> None:
     assert web.CSS.read_text().count("http") == 0 and web.LIVE_JS.read_text().count("http") == 0
 
 
+def test_browsers_are_told_to_fetch_nothing_from_elsewhere(parts: Parts) -> None:
+    with application(parts) as client:
+        policies = client.get("/").headers.get_list("content-security-policy")
+    found = {directive.split()[0]: directive for policy in policies for directive in policy.split("; ")}
+    assert found["img-src"] == "img-src 'self' data: blob:" and found["connect-src"] == "connect-src 'self'"
+    assert found["form-action"] == "form-action 'self'" and found["base-uri"] == "base-uri 'self'"
+    assert not any("*" in policy or "http" in policy for policy in policies)
+
+
 def test_the_port_is_given_back_and_one_in_use_is_an_error(parts: Parts) -> None:
     import socket
 

@@ -98,8 +98,9 @@ class Session:
         self._told(line)
 
     async def refresh(self) -> None:
-        model, card, newer = await self.events["on_refresh"](self.model, self.picked, self.said)
-        self.choices, self.model, self.card = model["choices"], model["value"], card
+        update = await self.events["on_refresh"](self.model, self.picked, self.said)
+        self.choices, self.model = update["choices"], update.get("value", self.model)
+        self.card, newer = await self.events["on_model"](self.model, self.said)
         self._newer(newer)
 
     async def pick(self, model: str) -> None:
@@ -160,6 +161,8 @@ def test_the_page_shows_a_line_under_each_reply_as_a_part_of_its_own() -> None:
         ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b>"),
         ("~~~\n```\n<b>\n~~~\n<b>", "~~~\n```\n<b>\n~~~\n&lt;b>"),
         ("```\n<b> still open", "```\n<b> still open"),
+        ("![a](https://x.example/y.png) `![b](c)`", "&#33;[a](https://x.example/y.png) `![b](c)`"),
+        ("&#33;[a](b) ![", "&amp;#33;[a](b) &#33;["),
         ("", ""),
     ],
 )
