@@ -322,6 +322,20 @@ class Engine:
         """Whether it answers within HEALTH_TIMEOUT_S seconds."""
         return self._get(f"http://{HOST}:{self.port}/health") is not None
 
+    def dead(self) -> bool:
+        """Whether the process that computes has ended: vLLM's server says so, or closes its port, and lives on a while.
+
+        Not answering is not it: a step over long prompts takes its time.
+        """
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://{HOST}:{self.port}/health", timeout=HEALTH_TIMEOUT_S):
+                return False
+        except urllib.error.HTTPError as error:
+            return error.code == 503
+        except OSError as error:
+            return isinstance(getattr(error, "reason", error), ConnectionRefusedError)
+
     def _answers(self) -> bool:
         """Healthy, and it is ours: another server on the same port would not know the key and the model's name."""
         if not self.healthy():

@@ -19,7 +19,7 @@ from serve.snapshots import Snapshots
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-HEALTH_S = 5.0
+HEALTH_S = 1.0
 UNHEALTHY_S = 60.0
 """How long it may not answer before it counts as hung: one step over long prompts takes seconds on a CPU."""
 
@@ -69,6 +69,10 @@ class Supervisor:
                 checked = now
                 if await asyncio.to_thread(self.engine.healthy):
                     answered = time.monotonic()
+                elif await asyncio.to_thread(self.engine.dead):
+                    await self._again("ended")
+                    answered = checked = time.monotonic()
+                    continue
             if self.engine.alive() and time.monotonic() - answered < UNHEALTHY_S:
                 continue
             await self._again("ended" if not self.engine.alive() else f"has not answered for {UNHEALTHY_S:.0f} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ async def listening(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
             await asyncio.sleep(0.02)
         yield
     finally:
+        # What is cut off now was told so; its traceback would tell nobody anything.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
         with contextlib.suppress(Exception):
             await serving

@@ -180,6 +180,10 @@ class Elsewhere:
 
     healthy = alive
 
+    def dead(self) -> bool:
+        """It is not."""
+        return False
+
     def tail(self) -> list[str]:
         """Of no log."""
         return []

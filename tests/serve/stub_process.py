@@ -70,6 +70,9 @@ class StubEngine:
         except OSError:
             return False
 
+    def dead(self) -> bool:
+        return False
+
     def tail(self, lines: int = 15) -> list[str]:
         return ["out of memory"]
 

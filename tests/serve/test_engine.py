@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.server
 import importlib.metadata
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
@@ -206,14 +208,41 @@ def test_it_can_be_started_again_with_the_same_key(tmp_path: Path, stand_in: Any
     subject.start()
     assert subject._process is not None
     key, group = subject.api_key, subject._process.pid
-    assert subject.healthy()
+    assert subject.healthy() and not subject.dead()
     os.killpg(group, signal.SIGKILL)
     assert gone(group)
-    assert not subject.alive() and not subject.healthy()
+    assert not subject.alive() and not subject.healthy() and subject.dead()
     subject.start()
     assert subject.alive() and subject.healthy() and subject.api_key == key
     subject.stop()
     assert not subject.healthy()
+
+
+@pytest.mark.parametrize(("status", "dead"), [(200, False), (503, True), (500, False)])
+def test_what_the_server_says_of_its_engine(tmp_path: Path, status: int, dead: bool) -> None:
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    subject = engine(tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        subject.port = server.server_port
+        assert subject.dead() is dead and subject.healthy() is (status == 200)
+        server.shutdown()
+
+
+def test_one_that_does_not_answer_is_not_called_dead(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine_module, "HEALTH_TIMEOUT_S", 0.2)
+    subject = engine(tmp_path)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        subject.port = silent.getsockname()[1]
+        assert not subject.dead() and not subject.healthy()
 
 
 def test_a_child_that_ignores_everything_is_killed(tmp_path: Path, stand_in: Any, monkeypatch: Any) -> None:

@@ -33,6 +33,7 @@ class Process:
         self.log_path = tmp_path / "engine.log"
         self.runs, self.answers, self.starts, self.stops = True, True, 0, 0
         self.failing_starts = 0
+        self.says_so = False
         self.slow = threading.Event()
         self.slow.set()
         self._stopped = threading.Event()
@@ -46,6 +47,9 @@ class Process:
 
     def healthy(self) -> bool:
         return self.answers
+
+    def dead(self) -> bool:
+        return self.says_so
 
     def tail(self) -> list[str]:
         return [f"the last line of run {self.starts}"]
@@ -65,6 +69,7 @@ class Process:
             self.failing_starts -= 1
             raise UserError("vLLM ended while starting, after 1 s. The last lines\n    of its log")
         self.runs = self.answers = True
+        self.says_so = False
 
 
 class Client:
@@ -172,6 +177,19 @@ def test_an_engine_that_hangs_is_started_again(parts: Parts, monkeypatch: pytest
         parts.engine.answers = False
         await until(lambda: parts.restarted == 1)
         assert "has not answered for" in parts.said[0]
+        await cancelled(supervising)
+
+    run(task())
+
+
+def test_an_engine_whose_server_outlives_it_is_not_waited_for(parts: Parts) -> None:
+    async def task() -> None:
+        supervising = asyncio.create_task(parts.supervisor.run())
+        parts.engine.answers, parts.engine.says_so = False, True  # its process still runs
+        began = time.monotonic()
+        await until(lambda: parts.restarted == 1)
+        assert time.monotonic() - began < supervisor_module.UNHEALTHY_S / 10
+        assert "The engine ended" in parts.said[0]
         await cancelled(supervising)
 
     run(task())
