@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,6 +40,7 @@ RUNS = Path("runs", "serve")
 FIRST_PASS_S = 30.0
 """The address is printed once the adapters that were there are checked, or after this time: the rest follows."""
 
+THREADS = 32
 BALLOT_DAYS = 30.0
 """How long the server waits for a vote on replies that it has shown."""
 
@@ -60,13 +63,14 @@ def serve(cfg: ServeConfig) -> int:
         header=auth.header,
         trusted_proxies=auth.trusted_proxies,
         api_keys=auth.api_keys,
+        names=auth.names,
     )
     check_port(cfg.host, cfg.port)
     bypass_proxies()
     for name in ("httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line for each request says nothing to a person
     try:
-        with raising_on_signals():
+        with raising_on_signals(), alone(cfg.port):
             return _serve(cfg, access)
     except Stopped:
         say("Stopped.")
@@ -78,7 +82,6 @@ def _serve(cfg: ServeConfig, access: Access) -> int:
 
     began = time.monotonic()
     votes = VoteStore(Path(cfg.votes))
-    votes.prune(BALLOT_DAYS)
     root = Path(cfg.adapters)
     # Weights are hashed when each is checked, which may take minutes for many; the cards suffice to choose the base.
     folders = scan(root, verify=False)
@@ -133,6 +136,8 @@ async def _run(
     from serve.watcher import Watcher
 
     importlib.import_module("openai")  # a second that the first chat should not wait
+    # Hashing, votes and the engine's health wait in threads; a slow disk for one must not hold up the others.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,19 +189,19 @@ async def _run(
         middleware=[(Guard, {"access": access}), *([(VoterCookie, {})] if access.mode == "open" else [])],
         may_read_metrics=access.has_key,
         login=access.gradio(),
+        still=access.still,
     )
     watcher = Watcher(root, fleet, client, rules, say)
     supervisor = Supervisor(engine, client, fleet, snapshots, metrics.engine_restarted, say)
     async with web.listening(application, cfg.host, cfg.port):
-        ended = [loop.create_task(work) for work in (stop.wait(), supervisor.run(), watcher.run())]
+        works = (stop.wait(), supervisor.run(), watcher.run(), _prune_daily(votes))
+        ended = [loop.create_task(work) for work in works]
         try:
             first = loop.create_task(watcher.first_pass.wait())
             await asyncio.wait({first, *ended}, timeout=FIRST_PASS_S, return_when=asyncio.FIRST_COMPLETED)
             first.cancel()
-            sys.stdout.write(f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{cfg.port}\n")
-            sys.stdout.flush()
-            seconds = time.monotonic() - began
-            say(f"Ready after {seconds:.0f} s: open the address above in a browser; Ctrl-C stops it.")
+            if not any(task.done() for task in ended):
+                announce(cfg, time.monotonic() - began)
             await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 say("Stopped.")
@@ -206,13 +211,55 @@ async def _run(
                     task.result()  # raises what ended it
             return 1
         finally:
-            engine.stop()  # also ends a start in progress, which runs in a thread
             for task in ended:
                 task.cancel()
             await asyncio.gather(*ended, return_exceptions=True)
+            await asyncio.to_thread(engine.stop)
             with contextlib.suppress(Exception):
                 await gateway.close()
             snapshots.clear()
+
+
+async def _prune_daily(votes: VoteStore) -> None:
+    """Forget replies that nobody voted on."""
+    while True:
+        try:
+            await asyncio.to_thread(votes.prune, BALLOT_DAYS)
+        except UserError as error:
+            say(f"Replies without votes could not be removed: {error}")
+        await asyncio.sleep(24 * 3600)
+
+
+def announce(cfg: ServeConfig, seconds: float) -> None:
+    """The address, alone on standard output for programs; the rest for people."""
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    sys.stdout.write(f"http://{host}:{cfg.port}\n")
+    sys.stdout.flush()
+    say(f"Ready after {seconds:.0f} s: open the address above in a browser; Ctrl-C stops it.")
+
+
+@contextmanager
+def alone(port: int) -> Iterator[None]:
+    """Hold what this server writes in `RUNS` for itself, until the block ends or the process does.
+
+    Raises:
+        UserError: another server in this folder has it: it would lose its engine's copies of adapters.
+    """
+    path = RUNS / f"server-{port}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"Another `python -m serve` with port={port} runs in this folder, or is starting. "
+                f"Stop that one, or choose another port (port={port + 1})."
+            ) from error
+        yield
 
 
 def _template_file(rules: Rules, port: int) -> Path | None:

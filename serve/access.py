@@ -279,7 +279,7 @@ class Guard:
         if not self._access.welcomes(host):
             return (
                 f"This server does not go by the name {host[:100]!r}. On its own machine open it as localhost or "
-                "127.0.0.1; whoever started it can allow other names."
+                "127.0.0.1; whoever started it can allow other names (auth.names)."
             )
         if self._foreign(scope, host):
             return "Another web site made this request; this server answers its own page, and programs, only."

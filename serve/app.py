@@ -13,6 +13,9 @@ from serve.pages import adapters, chat, compare, results
 from serve.pages.parts import QUICK, Parts
 from serve.theme import TOGGLE_DARK_JS
 
+SESSIONS = 2000
+"""Pages that the server remembers, the latest ones: about a third of a megabyte each."""
+
 QUEUE = 512
 """Events that may wait; past it people are told that the server is busy."""
 
@@ -45,6 +48,7 @@ def build(title: str, parts: Parts) -> gr.Blocks:
     # Also the events that Gradio makes itself, to give each session its own State.
     for event in page.fns.values():
         event.api_visibility = "private"
+    page.state_session_capacity = SESSIONS
     page.queue(max_size=QUEUE, default_concurrency_limit=QUICK["concurrency_limit"])
     return page
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import PurePath
+from pathlib import PureWindowsPath
 
 from lit_ft.adapter import Adapter
 
 BASE = "Base model"
 """What people call it."""
+
+# `owner/name`, or a name alone; neither begins with a dot.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # The metrics that a stakeholder can use, in the order shown: what each is called, and whether it is a share. The names
 # are TRL's, after the split; the whole list is in the adapter's model card.
@@ -27,13 +31,13 @@ def adapter_card(adapter: Adapter) -> str:
     """What it was made of, and how well it did."""
     card = adapter.card
     facts = [
-        ("Base", _source(card.base.id)),
+        ("Base", source_name(card.base.id)),
         ("Trained", date(card.created)),
         ("Starts from", card.parent or "the base"),
     ]
     if card.rank is not None:
         facts.append(("LoRA rank", str(card.rank)))
-    rows = [(_source(part.source), f"{part.rows:,} rows") for part in card.data]
+    rows = [(source_name(part.source), f"{part.rows:,} rows") for part in card.data]
     metrics = [metric(name, card.metrics[name]) for name in METRICS if name in card.metrics]
     return (
         f"<div class='card'>{_head(adapter.ref, card.algorithm.upper())}{_pairs(facts)}"
@@ -63,9 +67,12 @@ def date(created: str) -> str:
     return f"{moment.day} {moment:%b %Y, %H:%M} UTC"
 
 
-def _source(source: str) -> str:
-    """A file or folder by its name: where it lies on the server is nobody's business in the browser."""
-    return PurePath(source).name if PurePath(source).is_absolute() else source
+def source_name(source: str) -> str:
+    """A file or folder by its name: where it lies on the server is nobody's business. A Hub id stays whole."""
+    if HUB_ID.fullmatch(source):
+        return source
+    # Knows both separators; the scheme ends where a file's name may begin.
+    return PureWindowsPath(re.sub("^file:", "/", source, flags=re.IGNORECASE)).name or source.strip("/\\")
 
 
 def _head(title: str, badge: str) -> str:

@@ -30,7 +30,11 @@ GONE = (
 
 
 class ChatError(UserError):
-    """The engine refused a request; the text is for the person at the page."""
+    """The engine failed on a request; the text is for the person at the page."""
+
+
+class RefusedError(ChatError):
+    """The engine does not take the request as it is: too long, most often."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ class EngineClient:
         return [float(at[str(token)]["logprob"]) for at, token in zip(found[1:], tokens[1:], strict=True)]
 
     async def load(self, ref: str, path: Path) -> None:
-        """Serve the adapter in `path` under `ref`; nothing happens if that is served already.
+        """Serve the adapter in `path` under `ref`, in the place of what is served under it.
 
         Raises:
             ChatError: the engine refused it, with its reason.
@@ -239,8 +243,9 @@ class EngineClient:
         """
         body = {"lora_name": ref, "lora_path": str(path)}
         status, text = await self._post("/load_lora_adapter", body)
-        if status == 400 and "already" in text:
-            return
+        if status == 400 and "already" in text:  # an unload that got lost: what it holds may be something else
+            await self.unload(ref)
+            status, text = await self._post("/load_lora_adapter", body)
         if status != 200:
             raise ChatError(f"The engine could not load {ref}: {text.replace(str(path), 'its folder')}")
 
@@ -271,7 +276,7 @@ class EngineClient:
                 number = re.search(r"contains (at least )?(\d+) input tokens", text)
                 tokens, exact = (int(number[2]), not number[1]) if number else (limit, False)
             length = f"{tokens} tokens" if exact else f"more than {limit} tokens"
-            return ChatError(
+            return RefusedError(
                 f"This conversation is {length} long; the model reads at most {limit}. "
                 "Clear the chat or shorten the message."
             )
@@ -321,7 +326,7 @@ def _plain(error: APIStatusError) -> UserError:
         return EngineGoneError(GONE)
     if error.status_code >= 500:
         return ChatError(f"The engine failed on this request: {_message(error)}")
-    return ChatError(f"The engine refused this request: {_message(error)}")
+    return RefusedError(f"The engine refused this request: {_message(error)}")
 
 
 def _dead(text: str) -> bool:

@@ -10,7 +10,7 @@ class AuthConfig:
     """Who may use the server. All empty: only this machine may, without a login."""
 
     users: str | None = None
-    """A file of names and hashed passwords (`python -m serve.accounts add NAME`)."""
+    """A file of names and hashed passwords (`python -m serve.accounts add NAME --file FILE`)."""
 
     header: str | None = None
     """The header in which a proxy that has done the login names the user."""
@@ -19,7 +19,10 @@ class AuthConfig:
     """Addresses from which that header counts."""
 
     api_keys: str | None = None
-    """A file of hashed API keys (`python -m serve.accounts key NAME`)."""
+    """A file of hashed API keys (`python -m serve.accounts key NAME --file FILE`)."""
+
+    names: list[str] = field(default_factory=list)
+    """Host names that the server is reached by, where it has no login of its own: others are refused."""
 
     admins: list[str] | None = None
     """Users who may pin, retire and set the default; None: everyone who may use the server."""

@@ -15,6 +15,9 @@ class Origin:
     """How a reply came to be: what a vote on it records."""
 
     ref: str
+    hash: str
+    """Of the weights that had this name as the reply began; empty: unknown."""
+
     prompt: Sequence[dict[str, str]]
     """As the engine got it: replies before it may have been edited since."""
 

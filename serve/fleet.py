@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import secrets
 import statistics
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from lit_ft.adapter import Adapter, Card
 from lit_ft.errors import UserError
@@ -31,6 +33,13 @@ RECENT = 200
 """How many requests the medians of the Adapters page look back."""
 
 WAIT_FOR_ROOM_S = 30.0
+"""How long a request waits until the engine has room for its adapter."""
+
+AGAIN_S = 10.0
+"""How long until the engine is asked again to unload what it refused to."""
+
+DEATHS = 2
+"""So many ends of the engine in a row, each while it loaded one version and nothing else, are that version's fault."""
 
 
 class State(StrEnum):
@@ -116,12 +125,24 @@ class Version:
     problem: str = ""
     """Why it is quarantined."""
 
+    note: str = ""
+    """What else is to be said of it while it is in service."""
+
+    doubtful: bool = False
+    """Its folder has changed: it is not loaded from there until it has been checked again."""
+
     withdrawn: bool = False
     """Retired by a person."""
 
     pinned: bool = False
     resident: bool = False
     """Whether the engine holds it."""
+
+    refused: float = -math.inf
+    """When the engine last refused to unload it."""
+
+    deaths: int = 0
+    """How often in a row the engine ended while it loaded this and nothing else."""
 
     leases: int = 0
     used: float = 0.0
@@ -164,7 +185,11 @@ class Fleet:
         """
         self.base_name = base_name
         self.base_served = Served()
-        self.revision = 0
+        self.blamed = 0
+        """How many versions were quarantined since they had ended the engine."""
+
+        # No two servers begin alike: a page that is open while its server is started again sees that it was.
+        self.revision = secrets.randbelow(2**40)
         self._engine = engine
         self._room = max(1, room)
         self._keep = max(1, keep_versions)
@@ -175,6 +200,9 @@ class Fleet:
 
         self._ranked: tuple[int, dict[str, list[Version]]] = (-1, {})
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loading = self._loads = 0
+        """How many adapters the engine is loading now, and how many loads were begun."""
+
         self._up = True
         self._down_reason = ""
         self._freed = asyncio.Event()
@@ -215,7 +243,7 @@ class Fleet:
             return version.problem or "Retired by hand."
         if self.state(version) is State.RETIRED and (newer := self.newer(version.ref)):
             return f"{newer} took its place. It is loaded again when it is asked for by its full name."
-        return ""
+        return version.note if self.state(version) is State.READY else ""
 
     def newest(self, name: str) -> Version | None:
         """The newest version of `name` that can be asked."""
@@ -316,53 +344,63 @@ class Fleet:
             self.tidy()
 
     async def try_out(self, version: Version) -> None:
-        """Load a version that is being checked, for its canary. Raises as `lease`."""
-        await self._make_resident(version)
+        """Load a version that is being checked, for its canary. Raises as `lease`, but does not wait for room."""
+        await self._make_resident(version, patient=False)
 
-    async def _make_resident(self, version: Version) -> None:
+    async def _make_resident(self, version: Version, patient: bool = True) -> None:
         if version.resident and not version.lock.locked():
             return
         # In a task of its own: whoever asked may go away, and after a load that was broken off half-way nobody would
         # know what the engine holds.
-        loading = asyncio.get_running_loop().create_task(self._load(version))
-        self._tasks.add(loading)
-        loading.add_done_callback(self._tasks.discard)
-        await asyncio.shield(loading)
+        await asyncio.shield(self._begin(self._load(version, patient)))
         if not version.resident:  # lost in the moment in between
             raise UnavailableError(self._down_reason)
 
-    async def _load(self, version: Version) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do it in a task: the event loop itself does not hold on to one."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, version: Version, patient: bool) -> None:
         async with version.lock:
             if version.resident:
                 return
             deadline = time.monotonic() + WAIT_FOR_ROOM_S
             while True:
+                # Asked again after each wait: much may have happened meanwhile.
+                if not self._up:
+                    raise UnavailableError(self._down_reason)
+                if version.adapter is None or self._versions.get(version.ref) is not version:
+                    raise UnknownModelError(f"{version.ref} is not here any more. {self._there_are()}")
+                if version.doubtful:
+                    raise UnavailableError(f"{version.ref} is being checked again. Try again in a moment.")
                 # Never in place: what the engine holds under this name must go first.
                 same = [v for v in self._leaving if v.ref == version.ref]
                 if not same and len(self._resident()) < self._room:
                     break
-                idle = [v for v in same or self._resident() if not _busy(v) and not v.lock.locked()]
+                unused = [v for v in same or self._resident() if not _busy(v)]
+                idle = [v for v in unused if not v.lock.locked() and not _refused(v)]
                 if idle:
                     await self._unload(min(idle, key=lambda v: (v.pinned, self._wanted(v), v.used)))
                     continue
-                self._freed.clear()
-                try:
-                    await asyncio.wait_for(self._freed.wait(), deadline - time.monotonic())
-                except TimeoutError:
+                # Even without patience, what is just being unloaded is waited for.
+                if time.monotonic() >= deadline or not (patient or any(v.lock.locked() for v in unused)):
                     if same:
                         raise UnavailableError(
                             f"{version.ref} is in use at this moment as it was before its folder changed. "
                             "Try again in a minute."
-                        ) from None
+                        )
                     raise UnavailableError(
                         f"{self._room} other adapters are in use at this moment, as many as the engine holds. "
                         "Try again in a minute."
-                    ) from None
-            if not self._up:
-                raise UnavailableError(self._down_reason)
-            if version.adapter is None or self._versions.get(version.ref) is not version:
-                raise UnknownModelError(f"{version.ref} is not here any more. {self._there_are()}")
+                    )
+                self._freed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), deadline - time.monotonic())
             version.resident = True  # counts while it is being loaded: others must not take its room
+            self._loading, self._loads = self._loading + 1, self._loads + 1
             try:
                 await self._engine.load(version.adapter)
             except BaseException:
@@ -370,9 +408,11 @@ class Fleet:
                 self._leaving.discard(version)
                 self._freed.set()
                 raise
+            finally:
+                self._loading -= 1
             if not version.resident:  # into an engine that was lost meanwhile
                 raise UnavailableError(self._down_reason)
-            version.used = time.monotonic()
+            version.used, version.deaths = time.monotonic(), 0
             self._freed.set()  # who waits for room may take this one's, if nobody uses it after all
             self._on_swap("loaded")
 
@@ -384,8 +424,13 @@ class Fleet:
                 return
             try:
                 await self._engine.unload(version.ref)
-            except UserError as error:  # the engine is gone, and the adapter with it
+            except EngineGoneError as error:  # and the adapter with it
                 logger.warning("%s", error)
+            except UserError as error:  # it holds it still, and takes room for it
+                logger.warning("%s It is asked again in %.0f s.", error, AGAIN_S)
+                version.refused = time.monotonic()
+                asyncio.get_running_loop().call_later(AGAIN_S, self.tidy)
+                return
             version.resident = False
             self._leaving.discard(version)
             self._freed.set()
@@ -413,7 +458,7 @@ class Fleet:
         while self._untidy:  # again where something became idle behind this pass
             self._untidy = False
             for version in self._resident():
-                if not _busy(version) and not self._wanted(version):
+                if not _busy(version) and not self._wanted(version) and not _refused(version):
                     await self._unload(version)
 
     # --- what the watcher finds ---
@@ -442,20 +487,24 @@ class Fleet:
         self.changed()
         self.tidy()
 
-    async def forget(self, version: Version) -> None:
-        """Its folder is gone. Requests under way go on: the engine has a copy."""
+    def forget(self, version: Version) -> asyncio.Task[None]:
+        """Its folder is gone. Requests under way go on: the engine has a copy.
+
+        Gives the task that unloads it, which need not be waited for and may take as long as a load.
+        """
         version.checked, version.problem = False, "Its folder is gone."
         if self._versions.get(version.ref) is version:
             del self._versions[version.ref]
         if version.resident:
             self._leaving.add(version)
+        self._freed.set()  # it may be waiting for room itself
         self.changed()
-        await self._unload(version)
+        return self._begin(self._unload(version))
 
     # --- what people choose on the Adapters page ---
 
     def pin(self, ref: str, pinned: bool) -> None:
-        """Keep a version loaded, whatever is published after it."""
+        """Keep a version loaded when newer ones come, for as long as there is room; it is the last to go."""
         if version := self._versions.get(ref):
             version.pinned = pinned
             _put(self._choices.pinned, ref, pinned)
@@ -507,14 +556,22 @@ class Fleet:
         self.changed()
 
     async def engine_back(self) -> None:
-        """Load again what should be, then take requests."""
+        """Load again what should be, and take requests.
+
+        Raises:
+            EngineGoneError: it ended again. A version that was being loaded alone at `DEATHS` ends in a row is
+                quarantined, so that the next attempt does without it.
+        """
         self._up = True
         try:
             wanted = [v for v in self.askable() if self._wanted(v)]
             for version in wanted[: self._room]:
+                begun, alone = self._loads, not self._loading
                 try:
                     await self._make_resident(version)
                 except EngineGoneError:
+                    if alone and self._loads == begun + 1:
+                        self._blame(version)
                     raise
                 except UnavailableError as error:  # a full disk: it is loaded when it is asked for
                     logger.warning("%s", error)
@@ -522,6 +579,12 @@ class Fleet:
                     self.quarantine(version, str(error))
         finally:
             self.changed()
+
+    def _blame(self, version: Version) -> None:
+        version.deaths += 1
+        if version.deaths >= DEATHS:
+            self.blamed += 1
+            self.quarantine(version, f"The engine ended {version.deaths} times in a row while it was loaded.")
 
     def changed(self) -> None:
         """Something that the page shows is different now."""
@@ -544,6 +607,11 @@ def _by_name(version: Version) -> tuple[bool, str, int]:
 def _busy(version: Version) -> bool:
     """Whether requests use it, or its canary may be under way."""
     return bool(version.leases) or (not version.checked and not version.problem)
+
+
+def _refused(version: Version) -> bool:
+    """Whether the engine refused just now to unload it."""
+    return time.monotonic() - version.refused < AGAIN_S
 
 
 def _number(ref: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_ft.errors import UserError
-from serve.client import Delta, EngineClient
+from serve.client import Delta, EngineClient, RefusedError
 from serve.errors import UnknownModelError
 from serve.fleet import Fleet
 from serve.limits import Limits, TooMuch, characters_of
@@ -39,7 +39,7 @@ class Tally:
 
     began: float
     outcome: Outcome = "aborted"
-    """`ok`, `failed`, or `aborted`: the one who asked went away before either."""
+    """`ok`, `failed`, `refused` by the engine, or `aborted`: the one who asked went away before any of these."""
 
     ttft_s: float | None = None
     tokens: int = 0
@@ -115,12 +115,13 @@ class Gateway:
 
     @asynccontextmanager
     async def _leased(self, model: str) -> AsyncIterator[str]:
+        began = time.perf_counter()
         async with AsyncExitStack() as stack:
             try:
                 ref = await stack.enter_async_context(self.fleet.lease(model))
             except UserError as error:
                 refused = isinstance(error, UnknownModelError)
-                self._metrics.finished(model, "refused" if refused else "failed", 0.0)
+                self._metrics.finished(model, "refused" if refused else "failed", time.perf_counter() - began)
                 raise
             yield ref
 
@@ -131,6 +132,9 @@ class Gateway:
         try:
             with self._metrics.stream():
                 yield tally
+        except RefusedError:
+            tally.outcome = "refused"
+            raise
         except Exception:
             tally.outcome = "failed"
             raise
@@ -165,7 +169,7 @@ class Raw:
             end = (end + chunk)[-LOOK_BACK:]
             yield chunk
         if not streamed:
-            tally.outcome = "ok" if self.status == 200 else "failed"
+            tally.outcome = "ok" if self.status == 200 else "refused" if self.status < 500 else "failed"
             if found := re.search(rb'"completion_tokens": ?(\d+)', end):
                 tally.tokens = int(found[1])
 

@@ -2,17 +2,23 @@
 (() => {
   const INTERVAL_MS = 1000;
   const drawn = () => document.querySelector("#state [data-revision]")?.dataset.revision;
+  const PATIENCE_MS = 5000;
+  const JITTER_MS = 700;
   let pressed = "";
+  let when = 0;
   const look = async () => {
     if (document.hidden || drawn() === undefined) return;
     try {
       const answer = await fetch("revision", { cache: "no-store" });
       if (!answer.ok) return;
       const { revision } = await answer.json();
-      // Pressed once for each revision: drawing takes a moment, and may itself be refused.
-      if (String(revision) !== drawn() && String(revision) !== pressed) {
+      // Drawing takes a moment, and may itself be refused: then it is asked for again.
+      const now = Date.now();
+      if (String(revision) !== drawn() && (String(revision) !== pressed || now - when > PATIENCE_MS)) {
         pressed = String(revision);
-        document.querySelector("#refresh")?.click();
+        when = now;
+        // Not all pages at once.
+        setTimeout(() => document.querySelector("#refresh")?.click(), Math.random() * JITTER_MS);
       }
     } catch {
       // The server is away: the page's own events say so.

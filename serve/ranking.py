@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,22 @@ TOLERANCE = 1e-8
 MAX_STEPS = 100
 
 
+class Model(NamedTuple):
+    """Who gave a reply. A name alone is not enough: there are several bases, and a version may be published again."""
+
+    ref: str
+    """`support@v3`, or the base's name."""
+
+    hash: str
+    """Of its weights."""
+
+
 @dataclass(frozen=True)
 class Vote:
     """One verdict on two models, with what stood on which side."""
 
-    left: str
-    right: str
+    left: Model
+    right: Model
     verdict: Verdict
     voter: str
     prompt: str
@@ -62,14 +72,14 @@ class Share:
 class WinRate(Share):
     """The share of a model in its votes."""
 
-    model: str
+    model: Model
 
 
 @dataclass(frozen=True)
 class Strength:
     """A model's Bradley–Terry strength on the Elo scale, with its 95% interval."""
 
-    model: str
+    model: Model
     strength: float
     low: float
     high: float
@@ -82,7 +92,7 @@ class Ranking:
 
     strengths: tuple[Strength, ...]
 
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[tuple[Model, ...], ...]
     """Models that votes connect, the largest group first: strengths compare within a group, never across."""
 
 
@@ -133,8 +143,8 @@ def wilson(wins: float, n: int, z: float = Z) -> tuple[float, float]:
 
 def win_rates(votes: Iterable[Vote]) -> list[WinRate]:
     """Each model's wins out of its votes, best first; ties count as in `SCORE`. A model against itself is left out."""
-    wins: defaultdict[str, float] = defaultdict(float)
-    count: Counter[str] = Counter()
+    wins: defaultdict[Model, float] = defaultdict(float)
+    count: Counter[Model] = Counter()
     for vote in votes:
         if vote.left != vote.right:
             score = SCORE[vote.verdict]
@@ -145,7 +155,7 @@ def win_rates(votes: Iterable[Vote]) -> list[WinRate]:
     return sorted(rates, key=lambda one: (-one.rate, one.model))
 
 
-def bradley_terry(votes: Iterable[Vote], anchor: str | None = None) -> Ranking:
+def bradley_terry(votes: Iterable[Vote], anchor: Model | None = None) -> Ranking:
     """Strengths θ with P(i beats j) = 1 / (1 + exp(θ_j − θ_i)), as `1000 + 400 log₁₀ e · θ`.
 
     Bradley & Terry 1952, Biometrika 39, pp. 324–345. Ties are half wins. The maximum likelihood is finite and unique

@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_ft.adapter import Adapter, Broken
 from serve.origin import on_a_local_model
+from serve.votes import HUMAN
 
 # The largest rank that vLLM 0.32 accepts for --max-lora-rank.
 ENGINE_MAX_RANK = 512
@@ -38,6 +39,9 @@ class Rules:
 
     template_of: str
     """Whose that is, for a sentence: `support@v2`, or `the base`."""
+
+    base_name: str = "base"
+    """The base's name in requests, which no adapter may have."""
 
 
 def rules_for(
@@ -110,6 +114,9 @@ def newest_first(adapter: Adapter) -> tuple[float, str, int]:
 
 def _objections(adapter: Adapter, root: Path, rules: Rules) -> Iterator[str]:
     card = adapter.card
+    if adapter.name in (rules.base_name, HUMAN):
+        what = "the base itself" if adapter.name == rules.base_name else "replies that people wrote"
+        yield f"The name {adapter.name!r} stands for {what} here. Publish it under another name (name=NAME)."
     if not NAME.fullmatch(adapter.name) or not _named_as_its_folder(adapter):
         yield (
             f"Its card names it {adapter.ref!r}, but its folder is {adapter.path.parent.name}/{adapter.path.name}; "

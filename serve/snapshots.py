@@ -2,6 +2,9 @@
 
 vLLM reads an adapter again whenever it has dropped it from its cache, inside a step, and a folder that is gone or
 changed by then can end the whole engine. So it is given a copy, whose hash is checked while it is made.
+
+An unload takes the name from vLLM's API server; its engine process is not told, and nobody hears when it has done the
+last step with that adapter. Since no new request can name the copy, it is let lie for a time that no step takes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import errno
 import hashlib
 import shutil
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +25,9 @@ from serve.errors import UnavailableError
 
 CONFIG = "adapter_config.json"
 CHUNK = 1 << 20
+
+DELAY_S = 120.0
+"""How long a copy is kept after the engine was told to let go of it."""
 
 
 class Loads(Protocol):
@@ -35,13 +43,16 @@ class ChangedError(UserError):
 
 
 class Snapshots:
-    """Loads copies of adapters into the engine, and removes them once it has let go of them."""
+    """Loads copies of adapters into the engine, and removes them some time after it was told to let go of them."""
 
     def __init__(self, client: Loads, folder: Path) -> None:
         """`folder` is this server's alone; what an earlier server left there is removed."""
         self._client = client
         self.folder = folder.resolve()
         self._paths: dict[str, Path] = {}
+        self._left: deque[tuple[float, Path]] = deque()
+        """Copies that are let lie, with the time since when."""
+
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def load(self, adapter: Adapter) -> None:
@@ -52,24 +63,46 @@ class Snapshots:
             UnavailableError: there is no room for the copy now, or the engine is gone.
             UserError: they cannot be read, or the engine refuses them.
         """
+        await self._sweep()
         path = await asyncio.to_thread(self._take, adapter)
         try:
             await self._client.load(adapter.ref, path)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, UserError) and not isinstance(error, UnavailableError):
+                shutil.rmtree(path, ignore_errors=True)  # refused, so it does not hold it
+            else:
+                self._leave(path)
             raise
         self._paths[adapter.ref] = path
 
     async def unload(self, ref: str) -> None:
-        """Have the engine let go of it, then remove the copy."""
+        """Have the engine let go of it; the copy is removed `DELAY_S` later, or by `clear`."""
         await self._client.unload(ref)
         if path := self._paths.pop(ref, None):
-            await asyncio.to_thread(shutil.rmtree, path, True)
+            self._leave(path)
+        await self._sweep()
 
     def clear(self) -> None:
         """No engine runs: remove all copies."""
         self._paths.clear()
+        self._left.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _leave(self, path: Path) -> None:
+        self._left.append((time.monotonic(), path))
+        loop = asyncio.get_running_loop()
+        loop.call_later(DELAY_S, lambda: loop.run_in_executor(None, _remove, self._due()))
+
+    def _due(self) -> list[Path]:
+        """Those that have lain long enough, and are now forgotten."""
+        found = []
+        while self._left and time.monotonic() - self._left[0][0] >= DELAY_S:
+            found.append(self._left.popleft()[1])
+        return found
+
+    async def _sweep(self) -> None:
+        if due := self._due():
+            await asyncio.to_thread(_remove, due)
 
     def _take(self, adapter: Adapter) -> Path:
         try:
@@ -77,7 +110,7 @@ class Snapshots:
             # A new place each time: never the path of something that the engine has known before.
             target = Path(tempfile.mkdtemp(prefix=f"{adapter.ref}-", dir=self.folder))
         except OSError as error:
-            raise UnavailableError(f"No copy can be made in {self.folder}: {error.strerror or error}.") from error
+            raise UnavailableError(f"No copy for the engine can be made: {error.strerror or error}.") from error
         try:
             (target / CONFIG).write_bytes((adapter.path / CONFIG).read_bytes())
             digest = hashlib.sha256()
@@ -97,3 +130,8 @@ class Snapshots:
                 "Publish it again, as a new version."
             )
         return target
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

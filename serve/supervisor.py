@@ -83,18 +83,19 @@ class Supervisor:
             self._failures = 0
         while True:
             self._failures += 1
-            last = "\n".join(f"    {line[:400]}" for line in self.engine.tail())
             self.fleet.engine_lost(
                 "The engine that runs the models stopped and is being started again, which takes about a minute. "
                 "Nothing you wrote is lost; send it again then."
             )
+            # In a thread: the log may be long, and requests are being answered.
+            last = "\n".join(f"    {line[:400]}" for line in await asyncio.to_thread(self.engine.tail))
             if self._failures > ATTEMPTS:
                 raise EngineLostError(
                     f"The engine {what} {self._failures} times in a row, so it is not started again. "
                     f"The last lines of {self.engine.log_path}:\n{last}"
                 )
             self.say(f"The engine {what}; it is started again. The last lines of its log:\n{last}")
-            began = time.monotonic()
+            began, blamed = time.monotonic(), self.fleet.blamed
             try:
                 await self._start()
                 self.snapshots.clear()
@@ -102,6 +103,7 @@ class Supervisor:
                 await self.fleet.engine_back()
             except UnavailableError:
                 what = "ended while it was given its adapters"
+                self._failures -= self.fleet.blamed > blamed  # the next attempt does without that one
                 continue
             except UserError as error:
                 what = f"did not start ({str(error).splitlines()[0]})"

@@ -174,7 +174,7 @@ class Revealed:
     verdict: str
 
     repeated: bool
-    """It had been counted before; this time nothing was stored."""
+    """It had been counted before: no vote was added. Of a better answer the text may have been replaced."""
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,9 @@ class VoteStore:
     def improve(self, shown: Ballot, better: str, comment: str = "") -> Revealed:
         """Store a better answer to what was shown (one reply, on the left), as preferred over it.
 
-        Such a ballot is never open, so its id need not be secret: it is the hash of what it says, and the same edit
-        sent twice is one vote.
+        Of one reply a voter has one better answer, the last: another takes the place of the one before, with its
+        comment and time, and the same again is acknowledged. Such a ballot is never open, so its id need not be secret:
+        it is the hash of what was shown, and to whom.
 
         Raises:
             InvalidVoteError: the answer is empty or the same as the reply, or the comment too long.
@@ -331,15 +332,19 @@ class VoteStore:
             raise InvalidVoteError("Nothing was stored: write an answer that differs from the reply.")
         if len(comment) > COMMENT_LIMIT:
             raise InvalidVoteError(f"Nothing was stored: shorten the comment to {COMMENT_LIMIT:,} characters.")
-        said = json.dumps([asdict(shown), better], sort_keys=True, default=dict)
+        said = json.dumps(asdict(shown), sort_keys=True, default=dict)
         ballot_id = "edit-" + hashlib.sha256(said.encode()).hexdigest()
         edit = replace(shown, right=Side(HUMAN, "", better))
         with self._writing() as db:
-            repeated = db.execute("SELECT 1 FROM votes WHERE ballot = ?", (ballot_id,)).fetchone() is not None
-            if not repeated:
+            before = db.execute("SELECT right_reply FROM ballots WHERE id = ?", (ballot_id,)).fetchone()
+            if before is None:
                 self._insert(db, ballot_id, "edit", edit)
                 self._count(db, ballot_id, "right", comment)
-        return Revealed(shown.left.ref, HUMAN, "right", repeated)
+            elif before["right_reply"] != clean(better):
+                db.execute("UPDATE ballots SET right_reply = ? WHERE id = ?", (clean(better), ballot_id))
+                values = (clean(comment), _stamp(self._clock()), ballot_id)
+                db.execute("UPDATE votes SET comment = ?, voted = ? WHERE ballot = ?", values)
+        return Revealed(shown.left.ref, HUMAN, "right", repeated=before is not None)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """The number of votes by kind and verdict, those that nobody cast included."""
@@ -363,11 +368,18 @@ class VoteStore:
         No edits: they always beat the reply that they were made from, which says nothing about models.
         """
         where, values = filters.where()
-        query = f"""SELECT left_ref, right_ref, verdict, voter, prompt, voted
+        query = f"""SELECT left_ref, left_hash, right_ref, right_hash, verdict, voter, prompt, voted
             FROM votes JOIN ballots ON id = ballot WHERE kind = 'compare' AND {where} ORDER BY number"""
         return [
-            ranking.Vote(left, right, verdict, voter, prompt, datetime.fromisoformat(voted))
-            for left, right, verdict, voter, prompt, voted in self._read(query, values)
+            ranking.Vote(
+                ranking.Model(row["left_ref"], row["left_hash"]),
+                ranking.Model(row["right_ref"], row["right_hash"]),
+                row["verdict"],
+                row["voter"],
+                row["prompt"],
+                datetime.fromisoformat(row["voted"]),
+            )
+            for row in self._read(query, values)
         ]
 
     def export_jsonl(self, filters: Filters = EVERYTHING, *, paired: bool = True) -> Iterator[str]:

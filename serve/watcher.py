@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_ft.adapter import Adapter, AdapterError, read, version_folders
+from lit_ft.adapter import Adapter, AdapterError, read, sha256_file, version_folders
 from lit_ft.errors import UserError
 from serve import canary
 from serve.canary import Scores
@@ -26,15 +28,23 @@ AGAIN_S = 5.0
 
 ATTEMPTS = 2
 
+NO_CANARY = "No canary in its card: checked against the base only."
+
+SMALL = ("card.json", "adapter_config.json", "chat_template.jinja", "tokenizer_config.json")
+"""What is read of a version besides its weights; whatever else lies in its folder (README.md) may change."""
+
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(eq=False)
 class _Seen:
-    """A folder as it was when it was last looked at."""
+    """A folder as it was when it was last looked at; another one whenever it has changed."""
 
     signature: Signature
     version: Version
+    small: str = ""
+    """The hash of its small files, as they were when it was taken into service."""
+
     attempts: int = 0
     """How often the engine ended while it was tried out."""
 
@@ -94,7 +104,7 @@ class Watcher:
             if seen is None:
                 continue
             try:
-                await self._check(path, seen.version)
+                await self._check(path, seen)
             except EngineGoneError:
                 seen.attempts += 1
                 if seen.attempts < ATTEMPTS:  # it may not have been this adapter's fault
@@ -107,12 +117,13 @@ class Watcher:
                 seen.waited = True
                 self._later(path)
             except Exception:
-                if self._stale(path, seen.version):
+                if self._seen.get(path) is not seen:
                     continue
                 logger.exception("%s could not be checked.", seen.version.ref)
                 self._fail(seen.version, "Checking it failed; the server's log says how.")
 
     def _later(self, path: Path) -> None:
+        """Not to be waited for here: what is published meanwhile is checked first."""
         asyncio.get_running_loop().call_later(AGAIN_S, self._wait_again, path)
 
     def _wait_again(self, path: Path) -> None:
@@ -125,7 +136,7 @@ class Watcher:
         for path in [path for path in self._seen if path not in now]:
             gone = self._seen.pop(path)
             self.say(f"  gone     {gone.version.ref}")
-            await self.fleet.forget(gone.version)
+            self.fleet.forget(gone.version)
         new = []
         for path, signature in now.items():
             seen = self._seen.get(path)
@@ -134,10 +145,11 @@ class Watcher:
                     seen.shelved = False
                     new.append((signature, path))
                 continue
-            ref = _plain(f"{path.parent.name}@{path.name}")
-            if seen is not None:
-                await self.fleet.forget(seen.version)
-            self._seen[path] = _Seen(signature, self.fleet.found(ref, None))
+            if seen is not None and seen.version.askable:  # the engine has a copy, which serves on until it is checked
+                seen.version.doubtful = True
+                self._seen[path] = _Seen(signature, seen.version, seen.small)
+            else:
+                self._seen[path] = _Seen(signature, self._anew(path, seen))
             new.append((signature, path))
         # By the time they came to be where they are. The clock may be wrong: then the order is, nothing else.
         newest_first = sorted(new, key=lambda one: max((part[2] for part in one[0]), default=0), reverse=True)
@@ -145,22 +157,38 @@ class Watcher:
         self._waiting = [*fresh, *(path for path in self._waiting if path not in fresh)]
         self._looked = True
 
-    async def _check(self, path: Path, version: Version) -> None:
+    def _anew(self, path: Path, seen: _Seen | None) -> Version:
+        """A version to be checked in place of the one that the folder held."""
+        if seen is not None:
+            self.fleet.forget(seen.version)
+        return self.fleet.found(_plain(f"{path.parent.name}@{path.name}"), None)
+
+    async def _check(self, path: Path, seen: _Seen) -> None:
+        """Check a version; leaves it to a later check where the folder changes or vanishes meanwhile."""
+        version = seen.version
         try:
+            small = await asyncio.to_thread(_small, path)
             adapter: Adapter = await asyncio.to_thread(read, path)
         except AdapterError as error:
-            if not self._stale(path, version):
+            if self._seen.get(path) is seen:
                 self._fail(version, str(error).replace(f"{self.root}{os.sep}", ""))
             return
-        version.adapter = adapter
         reason = await asyncio.to_thread(objection, adapter, self.root, self.rules)
         reason = reason or await asyncio.to_thread(not_finite, adapter.path)
-        if self._stale(path, version):
+        if self._seen.get(path) is not seen:
             return
+        if not version.checked:
+            version.adapter = adapter
         if reason:
             return self._fail(version, reason)
+        if version.checked:
+            if not version.problem and small == seen.small:  # the files were touched, and are what they were
+                version.doubtful = False
+                return
+            version = seen.version = self._anew(path, seen)
+            version.adapter = adapter
         if version.withdrawn:  # it is tried out when a person takes it back into service
-            self._seen[path].shelved = True
+            seen.shelved = True
             return
         try:
             await self.fleet.try_out(version)
@@ -169,16 +197,14 @@ class Watcher:
             raise
         except UserError as error:
             reason = str(error)
-        if self._stale(path, version):
+        if self._seen.get(path) is not seen:
             return
         if reason:
             return self._fail(version, reason)
+        seen.small = small
+        version.note = "" if adapter.card.canary else NO_CANARY
         self.fleet.passed(version)
         self.say(f"  serving  {version.ref} ({adapter.card.algorithm})")
-
-    def _stale(self, path: Path, version: Version) -> bool:
-        """Whether the folder changed or vanished meanwhile."""
-        return path not in self._seen or self._seen[path].version is not version
 
     def _fail(self, version: Version, reason: str) -> None:
         reason = _plain(reason.replace("\n", " "))
@@ -186,14 +212,25 @@ class Watcher:
         self.say(f"  refused  {version.ref}: {reason}")
 
 
+def _small(path: Path) -> str:
+    """A hash of the small files; what cannot be read is left out, and reading the adapter says so where it matters."""
+    digest = hashlib.sha256()
+    for name in SMALL:
+        with contextlib.suppress(OSError):
+            digest.update(f"{name}:{sha256_file(path / name)}\n".encode())
+    return digest.hexdigest()
+
+
 def _signatures(root: Path) -> dict[Path, Signature]:
-    """What each version's files look like from outside: a changed one has another size, time or inode."""
+    """What each version's served files look like from outside: a changed one has another size, time or inode."""
     found: dict[Path, Signature] = {}
     for _, _, path in version_folders(root):
         files = []
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
+                    if entry.name not in SMALL and not entry.name.endswith(".safetensors"):
+                        continue
                     try:
                         stat = entry.stat()
                     except OSError:  # a link to nowhere

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import gradio as gr
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_ft.errors import UserError
@@ -27,6 +29,8 @@ GRACE_S = 3
 
 
 POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "worker-src 'self' blob:; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
     "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
@@ -49,6 +53,51 @@ class Inside:
         await self._app(scope, receive, tell if scope["type"] == "http" else send)
 
 
+class LoggedOut:
+    """ASGI middleware that ends the logins of accounts that are gone: Gradio's own last until the server ends."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, app: ASGIApp, logins: Callable[[], dict[str, str]], still: Callable[[str], bool]) -> None:
+        self._app, self._logins, self._still = app, logins, still
+        self._looked = -self.INTERVAL_S
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if time.monotonic() - self._looked >= self.INTERVAL_S:
+            self._looked = time.monotonic()
+            logins = self._logins()
+            gone = {user for user in set(logins.values()) if not self._still(user)}
+            for token in [token for token, user in logins.items() if user in gone]:
+                del logins[token]
+        await self._app(scope, receive, send)
+
+
+class Bounded:
+    """ASGI middleware that refuses bodies which nothing here would take."""
+
+    MAX_BYTES = 4 << 20
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self.MAX_BYTES:
+            return await Response("The request is too large.", 413)(scope, receive, send)
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            # One without a length, sent in chunks: to those who read it, its sender has gone.
+            return {"type": "http.disconnect"} if size > self.MAX_BYTES else message
+
+        await self._app(scope, counted, send)
+
+
 def assemble(
     page: gr.Blocks,
     fleet: Fleet,
@@ -58,6 +107,7 @@ def assemble(
     may_read_metrics: Callable[[Request], bool] = lambda request: True,
     middleware: Sequence[tuple[type, dict[str, Any]]] = (),
     login: Mapping[str, Any] | None = None,
+    still: Callable[[str], bool] = lambda user: True,
 ) -> FastAPI:
     """All of it as one application.
 
@@ -69,6 +119,7 @@ def assemble(
         may_read_metrics: whether a request may see `/metrics`.
         middleware: ASGI middleware and its arguments, the outermost first.
         login: Gradio's arguments for it (`Access.gradio`); None asks for none.
+        still: whether a user who has logged in still has an account.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -111,6 +162,10 @@ def assemble(
         css_paths=[CSS],
         head=f"<script>{script}</script>",
     )
+    gradio: Any = next(route.app for route in app.routes if isinstance(route, Mount))
+    if (login or {}).get("auth"):
+        app.add_middleware(LoggedOut, logins=lambda: gradio.tokens, still=still)
+    app.add_middleware(Bounded)
     app.add_middleware(Inside)
     for kind, arguments in reversed(middleware):
         app.add_middleware(kind, **arguments)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from lit_ft.errors import UserError
 from serve import cards
@@ -22,6 +23,7 @@ READ_ONLY = "Only those whom this server's configuration names (auth.admins) may
 
 def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     """The page's components and events, in the Blocks and Tab that are open; returns the hook for a page's load."""
+    tab = Context.block
     chosen = gr.State("")
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
@@ -49,10 +51,21 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     def drawn(ref: str, request: gr.Request) -> tuple[Any, ...]:
         return rows(parts), *_panel(parts, ref, parts.may_manage(request))
 
+    def refused(error: UserError) -> tuple[Any, ...]:
+        return *(gr.skip() for _ in seen), notice(told(error))
+
     async def on_refresh(ref: str, request: gr.Request) -> tuple[Any, ...]:
-        return drawn(ref, request)
+        try:
+            parts.who(request)
+        except UserError as error:
+            return refused(error)
+        return *drawn(ref, request), gr.skip()  # what a button said stays
 
     async def on_select(data: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            parts.who(request)
+        except UserError as error:
+            return refused(error)
         # The row's own values: the table may be sorted, filtered or older than the fleet.
         ref = str(data.row_value[0]).removeprefix("★ ") if data.row_value else ""
         ref = parts.fleet.base_name if ref == cards.BASE else ref
@@ -60,6 +73,10 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
 
     def acting(act: Callable[[str], str]) -> Callable[..., Any]:
         async def on_click(ref: str, request: gr.Request) -> tuple[Any, ...]:
+            try:
+                parts.who(request)
+            except UserError as error:
+                return refused(error)
             if not parts.may_manage(request):
                 return *drawn(ref, request), notice(READ_ONLY)
             try:
@@ -73,8 +90,12 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     table.select(on_select, None, [chosen, card, pin, default, retire, line], **QUICK)
     for button, act in ((pin, _pin), (default, _set_default), (retire, _retire)):
         button.click(acting(partial(act, parts.fleet)), chosen, [*seen, line], **QUICK)
-    refresh.click(on_refresh, chosen, seen, **QUICK)
-    return lambda load: load(on_refresh, chosen, seen, **QUICK)
+    looked = (chosen, [*seen, line])
+    refresh.click(on_refresh, *looked, **QUICK)
+    if isinstance(tab, gr.Tab):
+        # Requests change the figures and not the revision, so the table is drawn anew when it comes into sight.
+        tab.select(on_refresh, *looked, **QUICK)
+    return lambda load: load(on_refresh, *looked, **QUICK)
 
 
 def rows(parts: Parts) -> list[list[str]]:
@@ -142,7 +163,7 @@ def _default_label(fleet: Fleet, ref: str) -> str:
 def _pin(fleet: Fleet, ref: str) -> str:
     version = _known(fleet, ref)
     fleet.pin(ref, not version.pinned)
-    return f"{ref} stays loaded, whatever comes after it." if version.pinned else f"{ref} is no longer pinned."
+    return f"{ref} is kept loaded when newer versions come." if version.pinned else f"{ref} is no longer pinned."
 
 
 def _retire(fleet: Fleet, ref: str) -> str:

@@ -16,8 +16,18 @@ import gradio as gr
 from lit_ft.errors import UserError
 from serve.client import Timing
 from serve.conversation import Message, Origin, as_typed, for_engine, for_page, literal, up_to_question
-from serve.gateway import Gateway
-from serve.pages.parts import QUICK, STREAMING, Parts, notice, told
+from serve.pages.parts import (
+    LONGEST_REPLY,
+    QUICK,
+    STREAMING,
+    Parts,
+    as_side,
+    how_it_went,
+    notice,
+    read_seed,
+    room_for_all,
+    told,
+)
 from serve.stopping import Stop, until
 from serve.votes import Ballot, Sampling
 
@@ -26,8 +36,6 @@ logger = logging.getLogger(__name__)
 # Redrawing the whole conversation for each token costs more than the eye gains.
 REDRAW_S = 0.05
 
-LONGEST_REPLY = 256
-
 
 def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     """The page's components and events, in the Blocks and Tab that are open.
@@ -35,6 +43,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     Returns what `app` calls at a page's load, with its inputs and outputs; `refresh` does the same when something
     that the server serves has changed.
     """
+    room_for_all()
     fleet = parts.fleet
     # Callables: every session gets its own.
     history = gr.State(list)
@@ -120,7 +129,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         yield *_conversation(state), "", notice(""), *_buttons(busy=True)
         back: Any = gr.skip()
         try:
-            growing = replies(parts.gateway, parts.label, parts.who(request), state, *chosen)
+            growing = replies(parts, parts.who(request), state, *chosen)
             async with aclosing(until(growing, stop.asked)) as states:
                 async for state in states:
                     yield *_conversation(state), gr.skip(), gr.skip(), gr.skip(), gr.skip()
@@ -198,9 +207,9 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         index = _index(data.index)
         if not (0 <= index < len(said) and said[index].role == "assistant") or data.liked not in (True, False):
             return gr.skip(), gr.skip()
-        voter, verdict = parts.who(request), "up" if data.liked else "down"
-        message = said[index]
+        verdict, message = "up" if data.liked else "down", said[index]
         try:
+            voter = parts.who(request)
             if not message.ballot:
                 ballot = await asyncio.to_thread(parts.votes.issue, _ballot(parts, voter, message))
                 message = replace(message, ballot=ballot)
@@ -253,8 +262,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
 
 
 async def replies(
-    gateway: Gateway,
-    label: Callable[[str], str],
+    parts: Parts,
     user: str,
     asked: list[Message],
     model: str,
@@ -268,11 +276,12 @@ async def replies(
     text, drawn = "", 0.0
     timing: Timing | None = None
     reason = ""
-    ref = gateway.fleet.resolve(model)
+    ref = parts.fleet.resolve(model)
     sampling = Sampling(temperature, top_p, int(max_tokens), read_seed(seed))
     prompt = for_engine(system, asked)
-    reply = Message("assistant", "", label(ref), origin=Origin(ref, prompt, sampling))
-    async with aclosing(gateway.chat(user, ref, prompt, **vars(sampling))) as deltas:
+    # The weights that answer now: when a vote comes, others may have taken the name, or nothing has it any more.
+    reply = Message("assistant", "", parts.label(ref), origin=Origin(ref, parts.hash_of(ref), prompt, sampling))
+    async with aclosing(parts.gateway.chat(user, ref, prompt, **vars(sampling))) as deltas:
         async for delta in deltas:
             text += delta.text
             timing = delta.timing or timing
@@ -283,35 +292,11 @@ async def replies(
     yield [*asked, replace(reply, text=text, note=how_it_went(timing, reason), streamed=text)]
 
 
-def read_seed(text: str) -> int | None:
-    """A text box, because Gradio's number box turns an empty one into 0."""
-    if not text.strip():
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"The seed {text.strip()!r} is not a whole number. Write one in the settings, or leave the seed empty."
-        ) from None
-
-
-def how_it_went(timing: Timing | None, reason: str) -> str:
-    """The line under a reply, after who wrote it."""
-    parts = []
-    if timing is not None:
-        parts.append(f"{timing.ttft_s:.2f} s to first token")
-        if timing.tokens_per_s:  # a single token has no rate
-            parts.append(f"{timing.tokens_per_s:.0f} tokens/s")
-    if reason == "length":
-        parts.append("cut at the longest reply allowed")
-    return " · ".join(parts)
-
-
 def _ballot(parts: Parts, voter: str, message: Message) -> Ballot:
     """The reply with what it answered, as the model wrote it.
 
     Raises:
-        UserError: it was stopped before its end, so that there is nothing to judge.
+        UserError: it was stopped before its end, so that there is nothing to judge, or its weights are not known.
     """
     if message.origin is None or message.streamed is None:
         raise UserError("This reply was stopped before its end, so it cannot be rated. Ask again for a whole one.")
@@ -320,7 +305,7 @@ def _ballot(parts: Parts, voter: str, message: Message) -> Ballot:
         base_id=parts.base.id,
         base_hash=parts.base.hash,
         prompt=message.origin.prompt,
-        left=parts.side(message.origin.ref, message.streamed),
+        left=as_side(message.origin.ref, message.origin.hash, message.streamed),
         right=None,
         sampling=message.origin.sampling,
     )

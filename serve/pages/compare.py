@@ -14,12 +14,21 @@ from typing import Any
 import gradio as gr
 
 from lit_ft.errors import UserError
+from serve import votes
 from serve.client import Timing
 from serve.conversation import Message, for_engine, for_page
 from serve.errors import UnknownModelError
-from serve.gateway import Gateway
-from serve.pages.chat import LONGEST_REPLY, how_it_went, read_seed
-from serve.pages.parts import QUICK, STREAMING, Parts, notice, told
+from serve.pages.parts import (
+    LONGEST_REPLY,
+    QUICK,
+    STREAMING,
+    Parts,
+    as_side,
+    how_it_went,
+    notice,
+    read_seed,
+    told,
+)
 from serve.stopping import Stop, until
 from serve.votes import COMMENT_LIMIT, Ballot, Sampling
 
@@ -30,12 +39,14 @@ REDRAW_S = 0.08
 
 SIDES = ("Left", "Right")
 
+LEFT, RIGHT, TIE, BOTH_BAD = votes.VERDICTS["compare"]
+
 # In the order shown, as the panes stand: what is stored, what the button says, what is said after it.
 VERDICTS = (
-    ("left", "← Left better", "left better"),
-    ("tie", "Tie", "a tie"),
-    ("both_bad", "Both bad", "both bad"),
-    ("right", "Right better →", "right better"),
+    (LEFT, "← Left better", "left better"),
+    (TIE, "Tie", "a tie"),
+    (BOTH_BAD, "Both bad", "both bad"),
+    (RIGHT, "Right better →", "right better"),
 )
 
 TOO_FEW = (
@@ -74,6 +85,9 @@ class Match:
 @dataclass(frozen=True)
 class Half:
     """One of the two replies, as far as it has come."""
+
+    hash: str = ""
+    """Of the weights that had its model's name as it began; empty: unknown."""
 
     text: str = ""
     timing: Timing | None = None
@@ -278,7 +292,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         match = replace(match, question=Message("user", question), halves=(Half(), Half()))
         asked = for_engine(system, [*match.said, Message("user", question)])
         yield {box: "", line: notice(""), **drawn(match), **stage(match, writing=True)}
-        growing = both(parts.gateway, voter, asked, match.refs, sampling)
+        growing = both(parts, voter, asked, match.refs, sampling)
         async with aclosing(until(growing, stop.asked)) as states:
             async for halves in states:
                 match = replace(match, halves=halves)
@@ -316,9 +330,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
             thanks = f"Thank you: counted as {said}."
             if match is not None and match.ballot == ballot:
                 match = replace(match, hidden=False, verdict=verdict)
-                from_left = (
-                    " Continuing goes on from the left reply, in both." if verdict in ("tie", "both_bad") else ""
-                )
+                from_left = " Continuing goes on from the left reply, in both." if verdict in (TIE, BOTH_BAD) else ""
                 return {
                     match_state: match,
                     line: notice(thanks + from_left, "note"),
@@ -429,7 +441,7 @@ def draw(pool: Sequence[str]) -> tuple[str, str]:
 
 
 async def both(
-    gateway: Gateway, user: str, asked: Sequence[dict[str, str]], refs: tuple[str, str], sampling: Sampling
+    parts: Parts, user: str, asked: Sequence[dict[str, str]], refs: tuple[str, str], sampling: Sampling
 ) -> AsyncGenerator[tuple[Half, Half], None]:
     """The replies of two models to the same messages, requested together, as they grow.
 
@@ -438,11 +450,16 @@ async def both(
     halves = [Half(), Half()]
 
     async def fill(side: int) -> None:
-        async with aclosing(gateway.chat(user, refs[side], asked, **vars(sampling))) as deltas:
+        # The weights that answer now: others may have taken the name when both replies are whole.
+        halves[side] = Half(parts.hash_of(refs[side]))
+        async with aclosing(parts.gateway.chat(user, refs[side], asked, **vars(sampling))) as deltas:
             async for delta in deltas:
                 half = halves[side]
-                halves[side] = Half(
-                    half.text + delta.text, delta.timing or half.timing, delta.finish_reason or half.reason
+                halves[side] = replace(
+                    half,
+                    text=half.text + delta.text,
+                    timing=delta.timing or half.timing,
+                    reason=delta.finish_reason or half.reason,
                 )
 
     tasks = [asyncio.ensure_future(fill(side)) for side in (0, 1)]
@@ -468,9 +485,13 @@ def read_sampling(temperature: float, top_p: float, max_tokens: float, seed: str
 
 
 def as_ballot(parts: Parts, voter: str, match: Match, asked: Sequence[dict[str, str]], sampling: Sampling) -> Ballot:
-    """What the voter saw: both replies as streamed, and on which side each stood."""
+    """What the voter saw: both replies as streamed, and on which side each stood.
+
+    Raises:
+        UserError: it is not known which weights gave one of them.
+    """
     assert match.halves is not None
-    left, right = (parts.side(ref, half.text) for ref, half in zip(match.refs, match.halves, strict=True))
+    left, right = (as_side(ref, half.hash, half.text) for ref, half in zip(match.refs, match.halves, strict=True))
     return Ballot(
         voter=voter,
         base_id=parts.base.id,
@@ -490,8 +511,8 @@ def go_on(parts: Parts, match: Match | None) -> Match | None:
     """
     if match is None or match.question is None or match.halves is None or not match.verdict:
         return None
-    side = 1 if match.verdict == "right" else 0
-    reply = Message("assistant", match.halves[side].text, parts.label(match.refs[side]))
+    better = 1 if match.verdict == RIGHT else 0
+    reply = Message("assistant", match.halves[better].text, parts.label(match.refs[better]))
     return Match(match.refs, hidden=False, said=(*match.said, match.question, reply))
 
 

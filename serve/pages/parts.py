@@ -8,26 +8,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from lit_ft.adapter import Adapter
+from lit_ft.errors import UserError
 from serve import cards
 from serve.base import Base
+from serve.client import Timing
 from serve.fleet import Fleet
 from serve.gateway import Gateway
 from serve.metrics import Metrics
 from serve.votes import Side, VoteStore
 
-STREAMS = 32
-"""Replies that Gradio runs at once; the limits of the server come on top."""
+REPLIES = 1000
+"""Replies that Gradio runs at once: so many that the server's own limits, which answer politely, are reached first."""
+
+EVENTS = 32
+"""Of each event that is over at once."""
+
+LONGEST_REPLY = 256
+"""What the pages begin with, in tokens."""
 
 # For events that write a reply, and for those that are over at once.
 STREAMING: dict[str, Any] = {
     "concurrency_id": "replies",
-    "concurrency_limit": STREAMS,
+    "concurrency_limit": REPLIES,
     "show_progress": "hidden",
     "api_visibility": "private",
 }
-QUICK: dict[str, Any] = {"concurrency_limit": STREAMS, "show_progress": "hidden", "api_visibility": "private"}
+QUICK: dict[str, Any] = {"concurrency_limit": EVENTS, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,56 @@ class Parts:
         newest_only = {ref for ref in refs if self.fleet.newer(ref) is None}
         return [(self.label(ref) + ("" if ref in newest_only else " (older)"), ref) for ref in dict.fromkeys(ordered)]
 
-    def side(self, ref: str, reply: str) -> Side:
-        """A reply as it goes into a ballot."""
+    def hash_of(self, ref: str) -> str:
+        """Of the weights that answer under this full name now: another folder may take it later. Empty: unknown."""
+        if ref == self.fleet.base_name:
+            return self.base.hash
         adapter = self.adapter(ref)
-        return Side(ref, adapter.card.weights_sha256 if adapter else self.base.hash, reply)
+        return adapter.card.weights_sha256 if adapter else ""
+
+
+def as_side(ref: str, weights: str, reply: str) -> Side:
+    """A reply as it goes into a ballot; `weights` is `Parts.hash_of` as the reply began.
+
+    Raises:
+        UserError: it is not known which weights answered.
+    """
+    if not weights:
+        raise UserError(f"Nothing was stored: it is not known which weights of {ref} gave this reply. Ask again.")
+    return Side(ref, weights, reply)
+
+
+def room_for_all() -> None:
+    """Give the Blocks that are open workers for every reply and, beside them, for what is over at once.
+
+    Without it Gradio runs 40 events in all, and so many long replies would hold up every button.
+    """
+    if Context.root_block is not None:
+        Context.root_block.max_threads = REPLIES + 8 * EVENTS
+
+
+def read_seed(text: str) -> int | None:
+    """A text box, because Gradio's number box turns an empty one into 0."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"The seed {text.strip()!r} is not a whole number. Write one in the settings, or leave the seed empty."
+        ) from None
+
+
+def how_it_went(timing: Timing | None, reason: str) -> str:
+    """The line under a reply, after who wrote it."""
+    parts = []
+    if timing is not None:
+        parts.append(f"{timing.ttft_s:.2f} s to first token")
+        if timing.tokens_per_s:  # a single token has no rate
+            parts.append(f"{timing.tokens_per_s:.0f} tokens/s")
+    if reason == "length":
+        parts.append("cut at the longest reply allowed")
+    return " · ".join(parts)
 
 
 def notice(text: str, kind: str = "error") -> Any:
@@ -92,6 +147,4 @@ def notice(text: str, kind: str = "error") -> Any:
 
 def told(error: Exception) -> str:
     """What went wrong, for the person at the page."""
-    from lit_ft.errors import UserError
-
     return str(error) if isinstance(error, UserError) else "That failed; the server's log says why."

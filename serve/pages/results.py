@@ -8,6 +8,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
@@ -78,8 +79,9 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
 
     chosen = [models, base, since, until, blind_only]
 
-    async def on_show(*values: Any) -> dict[Any, Any]:
+    async def on_show(request: gr.Request, *values: Any) -> dict[Any, Any]:
         try:
+            parts.who(request)
             filters = read_filters(parts.base.hash, *values)
             shown, refs = await asyncio.to_thread(report, parts, filters)
         except Exception as error:
@@ -91,9 +93,10 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         return {body: shown, line: notice(""), models: gr.update(choices=choices)}
 
     def exporting(paired: bool) -> Callable[..., Any]:
-        async def on_export(*values: Any) -> dict[Any, Any]:
+        async def on_export(request: gr.Request, *values: Any) -> dict[Any, Any]:
             folder = Path(file.GRADIO_CACHE) / "exports"
             try:
+                parts.who(request)
                 filters = read_filters(parts.base.hash, *values)
                 path, rows = await asyncio.to_thread(export, parts, filters, paired, folder)
             except Exception as error:
@@ -166,20 +169,39 @@ def report(parts: Parts, filters: Filters) -> tuple[str, list[str]]:
     listed = votes
     if filters.refs:
         listed = parts.votes.comparisons(Filters(base_hash=filters.base_hash))
-    refs = list(dict.fromkeys(ref for vote in listed for ref in (vote.left, vote.right)))
+    refs = list(dict.fromkeys(ref for vote in listed for ref in (vote.left.ref, vote.right.ref)))
     if not any(sum(verdicts.values()) for verdicts in counts.values()):
         return HOW_TO_VOTE, refs
-    sections = draw(votes, parts.label, parts.fleet.base_name) if votes else NOTHING_FITS
+    anchor = ranking.Model(parts.fleet.base_name, parts.base.hash)
+    sections = draw(votes, names(parts, votes), anchor) if votes else NOTHING_FITS
     return sections + other_votes(counts), refs
 
 
-def draw(votes: Sequence[ranking.Vote], label: Callable[[str], str], base_name: str) -> str:
+def names(parts: Parts, votes: Sequence[ranking.Vote]) -> Callable[[ranking.Model], str]:
+    """What each model is called: its label, and a piece of its hash where another had the same full name."""
+    models = {model for vote in votes for model in (vote.left, vote.right)}
+    alike = Counter(model.ref for model in models)
+
+    def name(model: ranking.Model) -> str:
+        here = model.ref == parts.fleet.base_name or model.hash == parts.hash_of(model.ref)
+        label = parts.label(model.ref) if here else model.ref  # how another one was trained is not known
+        return f"{label} ({short(model.hash)})" if alike[model.ref] > 1 else label
+
+    return name
+
+
+def short(digest: str) -> str:
+    """Enough of a hash to tell two apart at a glance."""
+    return digest.removeprefix("sha256:")[:8] or "unknown"
+
+
+def draw(votes: Sequence[ranking.Vote], name: Callable[[ranking.Model], str], anchor: ranking.Model) -> str:
     """All that comparisons say, as HTML. There must be one at least."""
     return "".join(
         [
             tiles(votes),
             "<div class='two'>",
-            f"<section>{win_rates(votes, label)}</section><section>{strengths(votes, label, base_name)}</section>",
+            f"<section>{win_rates(votes, name)}</section><section>{strengths(votes, name, anchor)}</section>",
             "</div>",
             f"<section>{over_time(votes)}</section>",
         ]
@@ -224,10 +246,10 @@ def other_votes(counts: dict[str, dict[str, int]]) -> str:
     return f"<section><h3>All that is stored, whatever the filters</h3>{_tiles(found)}</section>"
 
 
-def win_rates(votes: Sequence[ranking.Vote], label: Callable[[str], str]) -> str:
+def win_rates(votes: Sequence[ranking.Vote], name: Callable[[ranking.Model], str]) -> str:
     """The plot of win rates."""
     rates = [
-        plots.Estimate(label(one.model), one.rate, one.low, one.high, one.votes) for one in ranking.win_rates(votes)
+        plots.Estimate(name(one.model), one.rate, one.low, one.high, one.votes) for one in ranking.win_rates(votes)
     ]
     return (
         plots.intervals("Win rate", "95% interval", rates, plots.SHARES)
@@ -235,20 +257,20 @@ def win_rates(votes: Sequence[ranking.Vote], label: Callable[[str], str]) -> str
     )
 
 
-def strengths(votes: Sequence[ranking.Vote], label: Callable[[str], str], base_name: str) -> str:
+def strengths(votes: Sequence[ranking.Vote], name: Callable[[ranking.Model], str], anchor: ranking.Model) -> str:
     """The Bradley–Terry ranking; models that no votes connect stand in plots of their own."""
-    found = ranking.bradley_terry(votes, anchor=base_name)
+    found = ranking.bradley_terry(votes, anchor)
     parts = []
     for group in found.groups:
         members = [one for one in found.strengths if one.model in group]
-        estimates = [plots.Estimate(label(one.model), one.strength, one.low, one.high, one.votes) for one in members]
+        estimates = [plots.Estimate(name(one.model), one.strength, one.low, one.high, one.votes) for one in members]
         axis = plots.around(estimates, ranking.MEAN, lambda value: f"{value:.0f}")
         caption = "Bradley–Terry ranking" if group == found.groups[0] else "Never compared with those above"
         parts.append(plots.intervals(caption, "95% interval", estimates, axis))
-    anchor = f"{label(base_name)} is {ranking.MEAN:.0f}" if base_name in found.groups[0] else "Their mean is 1000"
+    middle = f"{name(anchor)} is {ranking.MEAN:.0f}" if anchor in found.groups[0] else "Their mean is 1000"
     return (
         "".join(parts)
-        + f"<p class='note'>Takes into account who each model was compared with. {html.escape(anchor)}; 100 points "
+        + f"<p class='note'>Takes into account who each model was compared with. {html.escape(middle)}; 100 points "
         "more mean winning 64% of the comparisons. Where intervals overlap, more votes are needed.</p>"
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +51,29 @@ class Layout:
             if one["backend_fn"] and any(kind == "load" for _, kind in one["targets"])
         ]
 
+    def number(self, elem_id: str) -> int:
+        """Of the component of that elem_id."""
+        return int(self._by_elem[elem_id])
+
     def event(self, elem_id: str, kind: str) -> int:
         """The number of what happens at `kind` on the component of that elem_id."""
         target = [self._by_elem[elem_id], kind]
         return next(number for number, one in self.dependencies.items() if target in [list(t) for t in one["targets"]])
+
+    def after(self, number: int) -> list[int]:
+        """What happens on the server after an event, by `.then`."""
+        return [
+            other for other, one in self.dependencies.items() if one["backend_fn"] and one["trigger_after"] == number
+        ]
+
+    def clicked(self, elem_id: str) -> list[int]:
+        """Every event of the server at a click on that component."""
+        target = [self._by_elem[elem_id], "click"]
+        return [
+            number
+            for number, one in self.dependencies.items()
+            if one["backend_fn"] and target in [list(t) for t in one["targets"]]
+        ]
 
     def named(self, number: int, data: list[Any]) -> dict[str, Any]:
         """An event's outputs by elem_id."""
@@ -81,7 +102,22 @@ class Page:
             config = json.loads(await self._whole(response))
         self.layout = Layout(config)
         self._heart = asyncio.create_task(self._beat())
-        return list(await asyncio.gather(*(self.fire(number, "load") for number in self.layout.loads)))
+        return await self._all(self.layout.loads, "load")
+
+    async def redraw(self) -> list[Event]:
+        """What a page does when `live.js` has seen another revision."""
+        assert self.layout is not None
+        return await self._all(self.layout.clicked("refresh"), "refresh")
+
+    async def _all(self, numbers: Sequence[int], name: str) -> list[Event]:
+        """Several events at once, each with what comes after it."""
+
+        async def chain(number: int) -> list[Event]:
+            assert self.layout is not None
+            return [await self.fire(number, name), *await self._all(self.layout.after(number), name)]
+
+        found = await asyncio.gather(*(chain(number) for number in numbers))
+        return [event for events in found for event in events]
 
     async def fire(self, number: int, name: str, given: dict[str, Any] | None = None) -> Event:
         """Let an event happen, with `given` in components by elem_id; returns when it is over.
@@ -119,12 +155,19 @@ class Page:
         async with self._http.post(f"{self._url}{PREFIX}/run/predict", json=body, headers=headers) as response:
             return self.layout.named(number, json.loads(await self._whole(response))["data"])
 
-    async def revision(self) -> float:
-        """Ask whether something changed, as `live.js` does; returns the seconds that took."""
+    async def revision(self) -> tuple[str, float]:
+        """Ask whether something changed, as `live.js` does; returns the revision, and the seconds that took."""
         began = time.monotonic()
         async with self._http.get(f"{self._url}/revision") as response:
-            await self._whole(response)
-        return time.monotonic() - began
+            found = json.loads(await self._whole(response))["revision"]
+        return str(found), time.monotonic() - began
+
+    @property
+    def drawn(self) -> str:
+        """The revision that the page shows."""
+        assert self.layout is not None
+        found = re.search(r"data-revision='(\d+)'", str(self._values.get(self.layout.number("state"))))
+        return found[1] if found else ""
 
     def inputs(self, number: int, given: dict[str, Any]) -> list[Any]:
         """The values that an event takes: those given, what the server has set, or what the page began with."""

@@ -34,12 +34,12 @@ PATIENCE_S = 30.0
 class Process:
     """A process that prints its address when it can be asked, started anew by each `start`."""
 
-    def __init__(self, settings: Mapping[str, Any] | None, folder: Path, command: Sequence[str] = ()) -> None:
-        """`command` is another one than this module's, which is given no settings; it runs in `folder`."""
+    def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
+        """It runs in `folder`."""
         self._settings = settings
         self._folder = folder
-        self._command = [sys.executable, "-m", *(command or ("tests.benchmarks.served",))]
-        self.log = folder / f"{(settings or {}).get('kind', 'serve')}.log"
+        self._command = [sys.executable, "-m", "tests.benchmarks.served"]
+        self.log = folder / f"{settings['kind']}.log"
         self._running: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
@@ -56,9 +56,8 @@ class Process:
                 self._command, cwd=self._folder, env=env, stdin=pipe, stdout=pipe, stderr=log, text=True
             )
         assert self._running.stdin is not None and self._running.stdout is not None
-        if self._settings is not None:
-            self._running.stdin.write(json.dumps(self._settings) + "\n")
-            self._running.stdin.flush()
+        self._running.stdin.write(json.dumps(self._settings) + "\n")
+        self._running.stdin.flush()
         address = self._running.stdout.readline().strip()
         if not address:
             self.kill()

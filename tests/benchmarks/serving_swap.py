@@ -1,8 +1,9 @@
 """Swapping under load: clients chat with `support` without a pause while new versions of it are published.
 
 The server is the one that users start, `python -m serve`, with its real engine and the bundled model; only its limits
-are off, since all clients come from one address. Afterwards each version is asked alone for every prompt, and each
-reply that was given under load is held against what its version says alone.
+are off, since all clients come from one address. A browser tab stands open at the page meanwhile, where a Chromium is
+on the PATH. Afterwards each version is asked alone for every prompt, and each reply that was given under load is held
+against what its version says alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -20,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.findings import Findings, percentile, rounded, spread
-from tests.benchmarks.served import NO_LIMITS, Process
+from tests.benchmarks.served import NO_LIMITS
+from tests.benchmarks.serving_tab import Tab, opened
 from tests.benchmarks.streams import Reply, ask
 from tests.benchmarks.training import say
-from tests.processes import free_ports
+from tests.e2e.server import served
 
 if TYPE_CHECKING:
     import aiohttp
@@ -43,6 +47,9 @@ LISTED_WITHIN_S = 5.0
 POLL_S = 0.05
 LATE_S = 30.0
 """How long after the load a version may still come to be listed."""
+
+AFTER_S = 3.0
+"""How long after a publication a request counts as sent during it: it is loaded and checked within that time."""
 
 # In float32, between a request alone and in a batch. Two versions differ in their log-probabilities by more than 0.1.
 TOLERANCE = 0.01
@@ -67,18 +74,33 @@ class Load:
     listed: dict[str, float] = field(default_factory=dict)
     """When `/v1/models` first named each version."""
 
+    tab: Tab = field(default_factory=Tab)
+    """What the page showed, and when."""
+
     def during(self) -> tuple[list[float], list[float]]:
-        """Seconds to the first token: of requests sent while a version was on its way, and of the others."""
-        ways = [(at, self.listed.get(ref, at + LATE_S)) for ref, at in self.published.items()]
+        """Seconds to the first token: of requests sent within `AFTER_S` of a publication, and of the others."""
         found: tuple[list[float], list[float]] = ([], [])
         for reply in self.replies:
             if not reply.error:
-                found[not any(began <= reply.sent <= end for began, end in ways)].append(reply.ttft_s)
+                soon = any(0 <= reply.sent - at <= AFTER_S for at in self.published.values())
+                found[not soon].append(reply.ttft_s)
         return found
 
     def latencies(self) -> list[float]:
         """From publishing to being listed, of those that were."""
         return [self.listed[ref] - at for ref, at in self.published.items() if ref in self.listed]
+
+    def to_page(self) -> dict[str, float]:
+        """From publishing to being in the page, of those that came there."""
+        shown = {ref: self.tab.shown(ref) for ref in self.published}
+        return {ref: at - self.published[ref] for ref, at in shown.items() if at is not None}
+
+    def everywhere(self) -> bool:
+        """Whether every published version has been listed, and is in the page where that is looked at."""
+        watched = not self.tab.why_not and not self.tab.trouble
+        return self.published.keys() <= self.listed.keys() and (
+            not watched or len(self.to_page()) == len(self.published)
+        )
 
 
 def measure(options: argparse.Namespace) -> Findings:
@@ -88,14 +110,11 @@ def measure(options: argparse.Namespace) -> Findings:
         say(f"swap       making {options.versions + 1} versions")
         first, *rest = prepare(folder / "prepared", options.versions + 1)
         publish(folder / "adapters", first)
-        (port,) = free_ports(1)
-        words = ["serve", f"port={port}", "max_model_len=512", "dtype=float32"]
-        words += [f"limits.{key}={value}" for key, value in NO_LIMITS.items()]
+        no_limits = [f"limits.{key}={value}" for key, value in NO_LIMITS.items()]
         began = time.monotonic()
-        server = Process(None, folder, words)
-        with server as url:
+        with served(folder, "max_model_len=512", "dtype=float32", *no_limits) as server:
             say(f"swap       the server is ready after {time.monotonic() - began:.0f} s")
-            load, alone = asyncio.run(_run(url, folder / "adapters", rest, options))
+            load, alone = asyncio.run(_run(server.url, folder / "adapters", rest, options))
         return judge(load, alone, options.versions)
 
 
@@ -155,7 +174,10 @@ async def _run(
     import aiohttp
 
     async with aiohttp.ClientSession(trust_env=False, connector=aiohttp.TCPConnector(limit=0)) as http:
-        load = await under_load(http, url, root, versions, options)
+        async with opened(url) as tab:
+            if tab.why_not:
+                say(f"swap       the page is not looked at: {tab.why_not}")
+            load = await under_load(http, url, root, versions, options, tab)
         refs = sorted({reply.model for reply in load.replies if reply.model})
         say(f"swap       {len(load.replies)} replies by {', '.join(refs)}; now each of these alone")
         alone = {}
@@ -165,10 +187,15 @@ async def _run(
 
 
 async def under_load(
-    http: aiohttp.ClientSession, url: str, root: Path, versions: Sequence[Prepared], options: argparse.Namespace
+    http: aiohttp.ClientSession,
+    url: str,
+    root: Path,
+    versions: Sequence[Prepared],
+    options: argparse.Namespace,
+    tab: Tab,
 ) -> Load:
     """`--clients` chat for `--seconds`; the versions come evenly spread over that time."""
-    load = Load()
+    load = Load(tab=tab)
     end = time.monotonic() + options.seconds
 
     async def chat(number: int) -> None:
@@ -194,7 +221,7 @@ async def under_load(
             await asyncio.sleep(max(0.0, begun + (number + 0.5) * options.seconds / len(versions) - time.monotonic()))
             ref, at = await asyncio.to_thread(publish, root, prepared)
             load.published[ref] = at
-        while not load.published.keys() <= load.listed.keys() and time.monotonic() < end + LATE_S:
+        while not load.everywhere() and time.monotonic() < end + LATE_S:
             await asyncio.sleep(POLL_S)
 
     polling = asyncio.create_task(poll())
@@ -226,14 +253,26 @@ def judge(load: Load, alone: Mapping[tuple[str, str], Reply], versions: int) -> 
         wrong.append(f"swap: {versions - len(latencies)} versions were never listed: {', '.join(missing)}")
     if not late <= LISTED_WITHIN_S:
         wrong.append(f"swap: publish to listed takes {late:.2f} s at the 95th percentile, {LISTED_WITHIN_S:g} allowed")
+    page_late, page_line = math.nan, f"not looked at: {load.tab.why_not}"
+    if not load.tab.why_not:
+        to_page = load.to_page()
+        page_late, page_line = percentile(to_page.values(), 0.95), spread(list(to_page.values()))
+        wrong += _missing_in_page(load, versions)
+        if to_page and not page_late <= LISTED_WITHIN_S:
+            wrong.append(
+                f"swap: publish to page takes {page_late:.2f} s at the 95th percentile, {LISTED_WITHIN_S:g} allowed"
+            )
     wrong += [f"swap: {words}" for words in alike(alone)]
     served = {reply.model for reply in load.replies if reply.model}
     meanwhile, else_ = load.during()
+    # Stated, not judged: on a machine that does other things too it says little.
+    delay = statistics.median(meanwhile) / statistics.median(else_) if meanwhile and else_ else math.nan
     lines = [
         f"requests            {len(load.replies):,}, failed {len(failed):,}, answered by {len(served)} versions",
         f"publish to listed   {spread(latencies)}",
-        f"to first token      {spread(meanwhile)}, sent while a version was on its way",
-        f"                    {spread(else_)}, else",
+        f"publish to page     {page_line}",
+        f"to first token      {spread(meanwhile)}, sent within {AFTER_S:g} s after a publication",
+        f"                    {spread(else_)}, else; ratio of the medians {delay:.3f}",
         f"replies             {verdicts['same']:,} as their version's alone, {verdicts['rounding']:,} apart after a "
         f"tie (within {TOLERANCE} of the best token), {len(mixed):,} mixed",
     ]
@@ -241,9 +280,22 @@ def judge(load: Load, alone: Mapping[tuple[str, str], Reply], versions: int) -> 
         "requests": len(load.replies),
         "failed": len(failed),
         "publish_to_listed_p95_s": rounded(late),
+        "publish_to_page_p95_s": rounded(page_late),
+        "ttft_during_swap": rounded(delay),
         "mixed": len(mixed),
     }
     return Findings(summary, lines, wrong)
+
+
+def _missing_in_page(load: Load, versions: int) -> list[str]:
+    """Versions that the open tab never showed in time, or that its model list lacks at the end."""
+    wrong = [f"swap: the page could not be looked at to the end: {load.tab.trouble}"] if load.tab.trouble else []
+    if (count := len(load.to_page())) < versions:
+        wrong.append(f"swap: {versions - count} versions never appeared in the page")
+    held = {text.partition(" ")[0] for text in load.tab.options}
+    if missing := sorted(load.published.keys() - held):
+        wrong.append(f"swap: the page's model list lacks {', '.join(missing)} at the end")
+    return wrong
 
 
 def compare(reply: Reply, alone: Reply | None) -> str:

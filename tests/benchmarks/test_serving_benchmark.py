@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import serving, serving_overhead, serving_page, serving_swap, serving_votes
+from tests.benchmarks import multi_lora, serving, serving_overhead, serving_page, serving_swap, serving_votes
 from tests.benchmarks.findings import percentile, rounded
-from tests.benchmarks.page_client import Event, Layout
+from tests.benchmarks.page_client import Event, Layout, PageError
 from tests.benchmarks.serving_overhead import Turn
 from tests.benchmarks.serving_swap import Load
+from tests.benchmarks.serving_tab import Tab
 from tests.benchmarks.streams import Reply, Token
 
 ROOT = Path(__file__).parents[2]
@@ -89,8 +94,16 @@ def test_what_swapping_promises() -> None:
     alone = {("support@v1", PROMPT): reply(), ("support@v2", PROMPT): reply("support@v2", "d e f")}
     fine = Load([reply(), reply("support@v2", "d e f")], {"support@v2": 10.0}, {"support@v1": 0.0, "support@v2": 12.5})
     found = serving_swap.judge(fine, alone, versions=1)
-    assert found.summary == {"requests": 2, "failed": 0, "publish_to_listed_p95_s": 2.5, "mixed": 0}
+    assert found.summary == {
+        "requests": 2,
+        "failed": 0,
+        "publish_to_listed_p95_s": 2.5,
+        "publish_to_page_p95_s": None,
+        "ttft_during_swap": None,
+        "mixed": 0,
+    }
     assert found.wrong == []
+    assert any("not looked at: no tab was opened" in line for line in found.lines)
 
     late = replace(fine, listed={"support@v2": 15.5})
     (wrong,) = serving_swap.judge(late, alone, versions=1).wrong
@@ -103,6 +116,36 @@ def test_what_swapping_promises() -> None:
     mixing = replace(fine, replies=[reply(words="a e f")])
     found = serving_swap.judge(mixing, alone, versions=1)
     assert found.summary["mixed"] == 1 and "token 2 is 'e', alone 'b'" in found.wrong[0]
+
+
+def test_what_the_page_promises() -> None:
+    """v2 is never the first of the list, as v3 is there when the page is drawn: it came with that."""
+    refs = ("support@v2", "support@v3")
+    listed = dict.fromkeys(refs, 12.0)
+    published = {"support@v2": 10.0, "support@v3": 11.0}
+    tab = Tab("", {"support@v1": 0.0, "support@v3": 14.0}, ["support@v3 · SFT", "support@v2 · SFT (older)"])
+    load = Load([reply()], published, listed, tab)
+    alone = {("support@v1", PROMPT): reply()}
+    found = serving_swap.judge(load, alone, versions=2)
+    assert found.summary["publish_to_page_p95_s"] == 4.0 and found.wrong == [] and load.everywhere()
+
+    for shown, words in (
+        (replace(tab, offered={"support@v3": 15.5}), "publish to page takes 5.50 s"),
+        (replace(tab, offered={"support@v2": 12.0}), "1 versions never appeared"),
+        (replace(tab, options=["support@v3 · SFT"]), "lacks support@v2"),
+        (replace(tab, trouble="TargetClosedError"), "TargetClosedError"),
+    ):
+        (wrong,) = serving_swap.judge(replace(load, tab=shown), alone, versions=2).wrong
+        assert words in wrong
+    assert not replace(load, tab=Tab("")).everywhere()
+
+
+def test_delay_by_a_publication() -> None:
+    """Sent 0, 2.9 and 3.1 s after it, and before it."""
+    replies = [reply(sent=sent, ttft_s=ttft) for sent, ttft in ((10, 0.3), (12.9, 0.5), (13.1, 0.1), (9.9, 0.3))]
+    load = Load([*replies, reply(sent=11, error="503")], {"support@v2": 10.0}, {"support@v2": 11.0})
+    assert load.during() == ([0.3, 0.5], [0.1, 0.3])
+    assert serving_swap.judge(load, {}, versions=1).summary["ttft_during_swap"] == 2.0
 
 
 def test_versions_that_say_the_same_prove_nothing() -> None:
@@ -120,18 +163,20 @@ def turn(ttft_s: float, seconds: float, tokens: int = 100) -> Turn:
 
 
 def test_the_overhead_by_hand() -> None:
-    """Ratios within each round, then their median: 1.02, 1.5, 1.0 and 1.04, 1.01, 1.5."""
+    """Ours over direct within each round, then the median: 1.02, 1.5, 1.0 and 1/1.04, 1/1.01, 1/1.5."""
     rounds = [
         (turn(0.100, 1.0), turn(0.102, 1.04)),
         (turn(0.100, 1.0), turn(0.150, 1.01)),
         (turn(0.200, 2.0), turn(0.200, 3.0)),
     ]
     found = serving_overhead.judge(rounds)
-    assert found.summary == {"ttft": 1.02, "throughput": 1.04}
+    assert found.summary == {"ttft": 1.02, "throughput": 0.962}
     assert found.wrong == []
     found = serving_overhead.judge([(turn(0.1, 1.0), turn(0.11, 1.06))])
-    assert found.summary == {"ttft": 1.1, "throughput": 1.06}
+    assert found.summary == {"ttft": 1.1, "throughput": 0.943}
     assert len(found.wrong) == 2
+    found = serving_overhead.judge([(turn(0.2, 2.0), turn(0.1, 1.0))])
+    assert found.summary == {"ttft": 0.5, "throughput": 2.0} and found.wrong == [], "faster is no cost"
 
 
 def test_an_overhead_of_failed_requests_is_none() -> None:
@@ -140,28 +185,102 @@ def test_an_overhead_of_failed_requests_is_none() -> None:
     assert found.summary == {"ttft": None, "throughput": None} and found.wrong
 
 
+# --- multi_lora ---
+
+
+def test_what_our_lora_operators_promise() -> None:
+    fine = {"ratio_one_adapter_1": 0.70, "ratio_four_mixed_32": 0.60, "different_replies": 0}
+    assert multi_lora.judge({"ours": fine, "stock": {"different_replies": 3}}) == []
+    assert set(multi_lora.AT_LEAST) <= {f"ratio_{case.key}" for case in multi_lora.CASES}
+    for key, bad in (("ratio_one_adapter_1", 0.69), ("ratio_four_mixed_32", 0.59), ("different_replies", 1)):
+        (wrong,) = multi_lora.judge({"ours": {**fine, key: bad}})
+        assert wrong.startswith("multi_lora: ")
+        assert len(multi_lora.judge({"ours": {k: v for k, v in fine.items() if k != key}})) == 1, "missing is wrong"
+    assert len(multi_lora.judge({})) == 3
+
+
 # --- page ---
 
 
 def test_errors_of_sessions_count() -> None:
     options = serving.parse(["--sessions", "1", "--messages", "1"])
     event = Event("chat", 0.0, first_s=0.1, done_s=0.5)
-    seen = serving_page.Seen([event], [event], [0.2], [0.01], overtime_s=[0.1])
+    seen = serving_page.Seen([event], [event], [0.2], [0.01], redraws=[event], requests=100, resent=2, overtime_s=[0.1])
     found = serving_page.judge(seen, options)
-    assert found.summary == {"sessions": 1, "errors": 0, "p95_s": 0.1} and found.wrong == []
+    assert found.summary == {"sessions": 1, "errors": 0, "p95_s": 0.1, "resent": 2} and found.wrong == []
+    assert "3 of 100 requests" in serving_page.judge(replace(seen, resent=3), options).wrong[0]
+    assert "1 pages do not show" in serving_page.judge(replace(seen, stale=1), options).wrong[0]
+    assert "0 redraw events" in serving_page.judge(replace(seen, redraws=[]), options).wrong[0]
     seen.errors["TimeoutError: "] += 2
     found = serving_page.judge(seen, options)
     assert found.summary["errors"] == 2 and "2 x TimeoutError" in found.wrong[0]
     assert serving_page.judge(serving_page.Seen([event]), options).wrong, "a session that never chatted"
 
 
+@pytest.mark.parametrize(
+    ("answers", "resent"),
+    [
+        (["whole", "nothing", "whole"], 1),
+        # The first connection is new: nothing excuses its end.
+        (["nothing"], None),
+        (["whole", "half a head"], None),
+    ],
+)
+def test_only_what_a_used_connection_did_not_answer_is_sent_again(answers: list[str], resent: int | None) -> None:
+    import aiohttp
+
+    left = iter(answers)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                kind = next(left)
+                if kind == "whole":
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                    continue
+                if kind == "half a head":
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+                    await writer.drain()
+                break
+        writer.close()
+
+    async def run(seen: serving_page.Seen) -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with (
+            server,
+            aiohttp.ClientSession(
+                trust_env=False,
+                middlewares=(serving_page._resending(seen),),
+                trace_configs=[serving_page._noting_reuse()],
+            ) as http,
+        ):
+            for _ in range(len(answers) - (resent or 0)):
+                async with http.get(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/") as response:
+                    assert await response.text() == "ok"
+
+    seen = serving_page.Seen()
+    if resent is None:
+        with pytest.raises(PageError):
+            asyncio.run(run(seen))
+    else:
+        asyncio.run(run(seen))
+    assert seen.resent == (resent or 0)
+
+
 def test_an_event_is_found_by_its_component() -> None:
     components = [{"id": 3, "type": "button", "props": {"elem_id": "send"}}, {"id": 4, "type": "state", "props": {}}]
     targets = {"inputs": [], "outputs": [3, 4], "backend_fn": True}
-    events = [{"id": 7, "targets": [[0, "load"]], **targets}, {"id": 9, "targets": [[3, "click"]], **targets}]
+    events = [
+        {"id": 7, "targets": [[0, "load"]], "trigger_after": None, **targets},
+        {"id": 9, "targets": [[3, "click"]], "trigger_after": None, **targets},
+        {"id": 10, "targets": [[3, "click"]], "trigger_after": None, **targets, "backend_fn": False},
+        {"id": 11, "targets": [[None, "then"]], "trigger_after": 9, **targets},
+    ]
     layout = Layout({"components": components, "dependencies": events})
     assert layout.event("send", "click") == 9
     assert layout.loads == [7]
+    assert layout.clicked("send") == [9] and layout.after(9) == [11] and layout.after(7) == []
     assert layout.named(9, ["shown", None]) == {"send": "shown"}
 
 
@@ -225,6 +344,7 @@ def test_pages_and_votes_at_a_small_size() -> None:
     found, said = benchmark("--only", "page,votes", *pages, "--votes", "120", "--kills", "1", "--at-once", "40")
     assert set(found) == {"page", "votes"}
     assert found["page"]["sessions"] == 5 and found["page"]["errors"] == 0 and found["page"]["p95_s"] > 0
+    assert re.search(r"redraw events +median", said)
     assert found["votes"] == {"acknowledged": 120, "lost": 0, "doubled": 0}
     assert "kill -9             1 times" in said
 
@@ -235,6 +355,8 @@ def test_swapping_at_a_small_size() -> None:
     assert found["swap"]["requests"] > 3
     assert found["swap"]["failed"] == found["swap"]["mixed"] == 0
     assert 0 < found["swap"]["publish_to_listed_p95_s"] <= 5
+    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        assert 0 < found["swap"]["publish_to_page_p95_s"] <= 5
 
 
 @pytest.mark.engine

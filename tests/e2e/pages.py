@@ -34,11 +34,12 @@ class Pages:
 
 
 @contextmanager
-def serving(parts: Parts, title: str = "Support desk", **settings: Any) -> Iterator[Pages]:
-    """Serve until the block ends; `settings` are those of `serve.web.assemble`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serving(parts: Parts, title: str = "Support desk", port: int = 0, **settings: Any) -> Iterator[Pages]:
+    """Serve until the block ends, on a free port unless one is given; `settings` are those of `serve.web.assemble`."""
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     loop = asyncio.new_event_loop()
     started, ending = threading.Event(), asyncio.Event()
     failed: list[BaseException] = []

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serve.pages.parts import Parts
+from tests.e2e.pages import serving
 from tests.e2e.visit import PATIENCE_MS, Visit
-from tests.serve.page_parts import VOTER, made, served
+from tests.serve.page_parts import VOTER, made
 from tests.serve.published import adapter
 from tests.serve.stub_engine import Stub, running
 
@@ -56,8 +57,8 @@ def parts(stub: Stub, tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture(scope="module")
 def url(parts: Parts) -> Iterator[str]:
-    with served(parts) as url:
-        yield url
+    with serving(parts) as pages:
+        yield pages.url
 
 
 @pytest.fixture
@@ -229,10 +230,10 @@ def test_an_open_page_votes_after_the_server_was_started_again(
 ) -> None:
     stub.delay_s, stub.reply = 0.0, REPLY
     before = len(stored(parts))
-    with served(parts) as own:
-        duel = Duel(browser, own)
+    with serving(parts) as own:
+        duel = Duel(browser, own.url)
         duel.compare("Hello")
-    with served(parts, port=int(own.rpartition(":")[2])):
+    with serving(parts, port=int(own.url.rpartition(":")[2])):
         duel.vote("Tie")
         row = stored(parts)[before]
         assert LABELS[row["left_ref"]] in duel.head("left") and LABELS[row["right_ref"]] in duel.head("right")

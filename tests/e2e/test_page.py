@@ -552,9 +552,12 @@ def test_the_adapters_page_lives_and_its_buttons_work(visit: Visit, pages: Pages
     from playwright.sync_api import expect
 
     page, parts = visit.page, pages.parts
+    visit.ask("Hello")
     page.get_by_role("tab", name="Adapters").click()
     table = page.locator("#versions")
     expect(table).to_contain_text("★ support@v2")
+    # State, requests, first token: nothing but the request has happened since the page was loaded.
+    expect(table).to_contain_text(re.compile(r"★ support@v2\W*ready\W*1\W*0\.\d\d s"))
     published(pages, tmp_path / "adapters", 3)
     expect(table).to_contain_text("★ support@v3", timeout=5000)
     broken = adapter(tmp_path / "adapters", "legal")
@@ -568,7 +571,7 @@ def test_the_adapters_page_lives_and_its_buttons_work(visit: Visit, pages: Pages
     table.locator(".body-cell", has_text=re.compile(r"^\s*support@v1\s*$")).first.click()
     expect(panel).to_contain_text("support@v1")
     page.locator("#pin").click()
-    expect(page.locator("#managed")).to_contain_text("stays loaded")
+    expect(page.locator("#managed")).to_contain_text("is kept loaded")
     expect(table).to_contain_text("pinned")
     page.locator("#default").click()
     expect(table).to_contain_text("★ support@v1")

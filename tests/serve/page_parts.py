@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import uvicorn
-
 from lit_ft.adapter import Adapter
-from serve import app, web
+from lit_ft.errors import UserError
 from serve.base import Base
 from serve.client import EngineClient
 from serve.fleet import Fleet
@@ -27,6 +22,8 @@ from tests.serve.published import BASE_HASH
 from tests.serve.stub_engine import API_KEY, Stub
 
 VOTER = "somebody"
+
+REMOVED = "Your account here has been removed."
 
 
 class Ready:
@@ -91,21 +88,11 @@ def in_a_loop(work: Callable[[], object]) -> None:
         pool.submit(asyncio.run, run()).result()
 
 
-@contextmanager
-def served(parts: Parts, title: str = "Support desk", port: int = 0) -> Iterator[str]:
-    """The pages on a loopback port, as `python -m serve` serves them, in a thread of this process; gives the URL."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    application = web.assemble(app.build(title, parts), parts.fleet, parts.metrics)
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 60
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
+def with_weights(adapter: Adapter, weights: str) -> Adapter:
+    """As if these were the weights that were published under its name."""
+    return replace(adapter, card=replace(adapter.card, weights_sha256=weights))
+
+
+def removed(request: object) -> str:
+    """In place of `Parts.who`: as for an account that has been removed."""
+    raise UserError(REMOVED)

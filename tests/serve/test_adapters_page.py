@@ -15,7 +15,7 @@ import pytest
 
 from serve.pages import adapters
 from serve.pages.parts import Parts
-from tests.serve.page_parts import made, passed
+from tests.serve.page_parts import REMOVED, made, passed, removed
 from tests.serve.published import adapter
 from tests.serve.stub_engine import Stub
 
@@ -58,26 +58,30 @@ class Session:
 
     async def choose(self, label: str) -> None:
         data = SimpleNamespace(row_value=[label, *[""] * 7])
-        self.chosen, *panel, line = await self.events["versions"](data, None)
+        chosen, *panel, line = await self.events["versions"](data, None)
+        self.chosen = self.chosen if chosen == gr.skip() else chosen
         self._show(panel)
         self.line = line["value"]
 
     async def press(self, button: str) -> None:
-        self.rows, *panel, line = await self.events[button](self.chosen, None)
+        rows, *panel, line = await self.events[button](self.chosen, None)
+        self.rows = self.rows if rows == gr.skip() else rows
         self._show(panel)
         self.line = line["value"]
 
     async def refresh(self) -> None:
         refresh = next(fn for fn in self.events.values() if fn.__name__ == "on_refresh")
-        self.rows, *panel = await refresh(self.chosen, None)
+        rows, *panel, line = await refresh(self.chosen, None)
+        self.rows = self.rows if rows == gr.skip() else rows
         self._show(panel)
+        self.line = line.get("value", self.line)
 
     def _show(self, panel: list[Any]) -> None:
         card, *buttons = panel
         self.card = card if isinstance(card, str) else self.card
         for name, update in zip(self.labels, buttons, strict=True):
             self.labels[name] = update.get("value", self.labels[name])
-            self.may[name] = update["interactive"]
+            self.may[name] = update.get("interactive", self.may[name])
 
 
 # --- the rows ---
@@ -208,7 +212,7 @@ def test_pinning_keeps_a_version_loaded_until_it_is_unpinned(parts: Parts) -> No
         session = Session(parts)
         await session.choose("support@v1")
         await session.press("pin")
-        assert session.labels["pin"] == "Unpin" and "stays loaded" in session.line
+        assert session.labels["pin"] == "Unpin" and "is kept loaded" in session.line
         await asyncio.sleep(0.01)
         assert row(parts, "support@v1")["State"] == "ready · pinned"
         await session.press("pin")
@@ -278,3 +282,40 @@ def test_who_may_not_manage_sees_all_and_changes_nothing(parts: Parts) -> None:
         assert not parts.fleet.default_is_set and parts.fleet.revision == revision
 
     run(main())
+
+
+def test_an_account_that_was_removed_is_told_so_and_shown_and_changes_nothing(parts: Parts) -> None:
+    async def main() -> None:
+        session = Session(replace(parts, who=removed))
+        await session.refresh()
+        assert session.rows == [] and REMOVED in session.line
+        await session.choose("support@v1")
+        assert (session.chosen, session.card) == ("", "") and REMOVED in session.line
+        session.chosen, revision = "support@v1", parts.fleet.revision
+        for button in ("pin", "retire", "default"):
+            session.line = ""
+            await session.press(button)
+            assert REMOVED in session.line and "role='alert'" in session.line and session.rows == []
+        assert parts.fleet.revision == revision
+
+    run(main())
+
+
+def test_what_a_button_said_stays_when_the_table_is_drawn_anew(parts: Parts) -> None:
+    async def main() -> None:
+        session = Session(parts)
+        await session.choose("support@v1")
+        await session.press("pin")
+        parts.fleet.stats("support@v1").add(False)
+        await session.refresh()
+        assert "is kept loaded" in session.line
+        assert next(one for one in session.rows if one[0] == "support@v1")[2] == "1"
+
+    run(main())
+
+
+def test_the_table_is_drawn_anew_when_its_tab_is_chosen(parts: Parts) -> None:
+    with gr.Blocks() as page, gr.Tabs(), gr.Tab("Adapters") as tab:
+        adapters.build(parts, gr.Button())
+    selected = [event.fn for event in page.fns.values() if (tab._id, "select") in event.targets]
+    assert [fn.__name__ for fn in selected if fn is not None] == ["on_refresh"]

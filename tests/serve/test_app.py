@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+import yaml
 from fastapi import APIRouter
 from fastapi.testclient import TestClient
 
 from lit_ft.errors import UserError
 from serve import app, cards, web
-from serve.pages.parts import STREAMS, Parts
+from serve.limits import Limits
+from serve.pages.parts import EVENTS, REPLIES, Parts
 from serve.stopping import Stop
+from tests.processes import ROOT
 from tests.serve.page_parts import made, passed
 from tests.serve.published import adapter
-from tests.serve.stub_engine import Stub
+from tests.serve.stub_engine import Stub, running
 
 NOWHERE = Stub(["base"], base_url="http://127.0.0.1:9/v1")
 
@@ -45,10 +51,60 @@ def test_every_event_is_limited_private_and_the_queue_has_an_end(page: Any) -> N
     seen = 0
     for event in page.fns.values():
         if event.fn is not None and event.fn not in (list, Stop):
-            assert event.concurrency_limit == STREAMS, event.name
+            writes = event.name in ("on_send", "on_retry", "on_edit")
+            assert event.concurrency_limit == (REPLIES if writes else EVENTS), event.name
             assert event.api_visibility == "private", event.name
             seen += 1
     assert seen > 10
+
+
+def test_the_servers_limits_are_reached_before_gradios_and_buttons_have_workers_beside(page: Any) -> None:
+    config = yaml.safe_load((ROOT / "conf" / "serve.yaml").read_text())
+    assert config["limits"]["streams_in_all"] < REPLIES
+    assert page._queue.max_thread_count == page.max_threads >= REPLIES + EVENTS
+
+
+def test_forty_long_replies_hold_up_neither_another_nor_a_button(tmp_path: Path) -> None:
+    """Gradio runs 40 events at once unless it is told otherwise, and lets the others wait without a word."""
+    with running(["base"], delay_s=0.5, reply="word " * 50) as stub:
+        parts = made(tmp_path, stub, limits=Limits(streams_in_all=45))
+        page = app.build("A title", parts)
+        events = [event for event in page.fns.values() if event.name in ("on_send", "on_state")]
+        send = next(event for event in events if event.name == "on_send" and event.inputs[0].elem_id == "box")
+        state = next(event for event in events if event.name == "on_state")
+        talk = ["Hello", None, None, "base", "", 0.7, 0.9, 200, ""]
+
+        async def main() -> None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            home = f"http://127.0.0.1:{port}/gradio_api/queue"
+            application = web.assemble(page, parts.fleet, parts.metrics)
+            async with web.listening(application, "127.0.0.1", port), aiohttp.ClientSession() as client:
+
+                async def join(event: Any, data: list[Any], session: str) -> None:
+                    body = {"fn_index": event._id, "data": data, "session_hash": session}
+                    async with client.post(f"{home}/join", json=body) as answer:
+                        assert answer.status == 200, await answer.text()
+
+                async def heard(session: str) -> str:
+                    async with client.get(f"{home}/data", params={"session_hash": session}) as answer:
+                        return await answer.text()
+
+                await asyncio.gather(*(join(send, talk, f"talker{i}") for i in range(45)))
+                for _ in range(200):
+                    if len(stub.requests) == 45:
+                        break
+                    await asyncio.sleep(0.05)
+                assert len(stub.requests) == 45 and not stub.finished
+                began = time.monotonic()
+                await join(state, [], "presser")
+                assert "on one base model" in await heard("presser")
+                await join(send, talk, "one too many")
+                assert "This server is busy" in await heard("one too many")
+                assert time.monotonic() - began < 5 and not stub.finished
+
+        asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_no_telemetry_and_safe_markdown(page: Any) -> None:
@@ -261,3 +317,29 @@ def test_everything_in_the_panel_is_escaped(tmp_path: Path) -> None:
     )
     assert "<img" not in cards.adapter_card(made)
     assert "<img" not in cards.base_card(evil, evil)
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/srv/secret/x.jsonl", "x.jsonl"),
+        ("../../secret/x.jsonl", "x.jsonl"),
+        ("../secret", "secret"),
+        ("./x.jsonl", "x.jsonl"),
+        ("~/x.jsonl", "x.jsonl"),
+        ("data/secret/x.jsonl", "x.jsonl"),
+        ("file:///srv/secret/x.jsonl", "x.jsonl"),
+        ("FILE:/srv/secret/x.jsonl", "x.jsonl"),
+        ("file:x.jsonl", "x.jsonl"),
+        ("C:\\secret\\ann\\x.jsonl", "x.jsonl"),
+        ("/srv/secret/", "secret"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("support.jsonl", "support.jsonl"),
+        ("bundled", "bundled"),
+        ("", ""),
+    ],
+)
+def test_a_source_is_named_without_its_place_on_the_server(tmp_path: Path, source: str, shown: str) -> None:
+    assert cards.source_name(source) == shown
+    card = cards.adapter_card(adapter(tmp_path, data=[{"source": source, "rows": 1, "hash": ""}]))
+    assert f"<dt>{shown}</dt><dd>1 rows</dd>" in card

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,18 @@ from serve.limits import Limits
 from serve.pages import chat
 from serve.pages.parts import Parts
 from serve.stopping import Stop, until
-from tests.serve.page_parts import VOTER, made, passed
+from tests.serve.page_parts import REMOVED, VOTER, made, passed, removed, with_weights
 from tests.serve.published import BASE_HASH, adapter
 from tests.serve.stub_engine import Stub, running
 
-CHOSEN = {"model": "support@v1", "system": "", "temperature": 0.7, "top_p": 0.9, "max_tokens": 50, "seed": ""}
+CHOSEN: dict[str, Any] = {
+    "model": "support@v1",
+    "system": "",
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "max_tokens": 50,
+    "seed": "",
+}
 TALK = [
     Message("user", "  indented\n  text "),
     Message("assistant", "a <b>reply</b>", "support@v1 · SFT", "0.10 s to first token"),
@@ -58,7 +66,7 @@ def reply(parts: Parts, asked: list[Message], **settings: Any) -> list[list[Mess
     """Every state that the page would draw."""
 
     async def collect() -> list[list[Message]]:
-        growing = chat.replies(parts.gateway, parts.label, VOTER, asked, **{**CHOSEN, **settings})
+        growing = chat.replies(parts, VOTER, asked, **{**CHOSEN, **settings})
         async with aclosing(growing) as states:
             return [state async for state in states]
 
@@ -217,7 +225,7 @@ def test_closing_a_reply_aborts_the_request(parts: Parts, stub: Stub) -> None:
     stub.delay_s, before = 0.1, stub.aborted
 
     async def leave() -> None:
-        states = chat.replies(parts.gateway, parts.label, VOTER, TALK[:1], **CHOSEN)
+        states = chat.replies(parts, VOTER, TALK[:1], **CHOSEN)
         async with aclosing(states):
             async for _ in states:
                 break
@@ -403,6 +411,61 @@ def test_a_thumb_is_stored_with_what_was_asked_and_streamed(parts: Parts, stub: 
     assert b'lit_ft_votes_total{kind="thumbs",verdict="up"} 1.0' in parts.metrics.text()
 
 
+@pytest.mark.parametrize("then", ["deleted", "published again"])
+def test_a_vote_names_the_weights_that_answered_whatever_has_the_name_by_then(
+    parts: Parts, tmp_path: Path, then: str
+) -> None:
+    version = parts.fleet.get("support@v1")
+    assert version is not None and version.adapter is not None
+    answered = version.adapter.card.weights_sha256
+
+    async def main() -> None:
+        session = Session(parts)
+        await session.send("Hello")
+        await parts.fleet.forget(version)
+        if then == "published again":
+            passed(parts.fleet, with_weights(adapter(tmp_path / "again"), "sha256:others"))
+            assert parts.hash_of("support@v1") == "sha256:others"
+        await session.like(1, True)
+        await session.edit(1, "Better.")
+
+    run(main())
+    [thumb], [pair] = votes(parts, "unpaired_preferences"), votes(parts, "preference_pairs")
+    assert thumb["hash"] == pair["rejected_hash"] == answered
+
+
+def test_a_reply_of_unknown_weights_is_not_rated(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        session = Session(parts)
+        with monkeypatch.context() as patch:
+            patch.setattr(Parts, "adapter", lambda self, ref: None)
+            await session.send("Hello")
+        await session.like(1, True)
+        assert "role='alert'" in session.line and "not known which weights" in session.line
+        await session.edit(1, "Better.")
+        assert "not known which weights" in session.line
+
+    run(main())
+    assert ballots(parts) == []
+
+
+def test_an_account_that_was_removed_is_told_so(parts: Parts) -> None:
+    async def main() -> None:
+        session = Session(parts)
+        await session.send("Hello")
+        gone = Session(replace(parts, who=removed))
+        gone.said = session.said
+        await gone.like(1, True)
+        assert REMOVED in gone.line and "role='alert'" in gone.line
+        await gone.edit(1, "Better.")
+        assert REMOVED in gone.line
+        await gone.send("More")
+        assert REMOVED in gone.line and gone.box == "More"
+
+    run(main())
+    assert ballots(parts) == []
+
+
 def test_the_bases_reply_carries_the_bases_hash(parts: Parts) -> None:
     async def main() -> None:
         session = Session(parts)
@@ -516,9 +579,9 @@ def test_a_second_edit_is_still_preferred_over_the_models_own(parts: Parts) -> N
         assert session.said[1].text == "Best."
 
     run(main())
-    pairs = votes(parts, "preference_pairs")
-    assert [pair["chosen"] for pair in pairs] == ["Better.", "Best."]
-    assert {pair["rejected"] for pair in pairs} == {"I am support@v1. You wrote: Hello"}
+    [pair] = votes(parts, "preference_pairs")
+    assert (pair["chosen"], pair["rejected"]) == ("Best.", "I am support@v1. You wrote: Hello")
+    assert b'lit_ft_votes_total{kind="edit",verdict="right"} 1.0' in parts.metrics.text()
 
 
 def test_the_line_below_a_reply_is_no_better_answer(parts: Parts) -> None:

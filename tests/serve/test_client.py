@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from lit_ft.errors import UserError
-from serve.client import GONE, ChatError, Delta, EngineClient, Timing, Usage
+from serve.client import GONE, ChatError, Delta, EngineClient, RefusedError, Timing, Usage
 from serve.errors import EngineGoneError, UnavailableError, UnknownModelError
 from tests.serve.stub_engine import API_KEY, Stub, running
 
@@ -202,7 +202,7 @@ def test_the_length_is_counted_where_the_engine_stopped_counting(message: str) -
     ("status", "said", "kind", "expected"),
     [
         (404, "The model `base` does not exist.", UnknownModelError, "does not serve 'base'"),
-        (400, "temperature must be non-negative", ChatError, "refused this request: temperature must be non-negative"),
+        (400, "temperature must be non-negative", RefusedError, "refused this request: temperature must be non-neg"),
         (500, "boom", ChatError, "failed on this request: boom"),
         (500, "EngineCore encountered an issue.", EngineGoneError, "engine .* stopped"),
         (503, "EngineCore died", EngineGoneError, "engine .* stopped"),
@@ -300,9 +300,10 @@ def test_loading_and_unloading(tmp_path: Path) -> None:
         async with connected(stub.base_url) as client:
             assert await client.models() == ["base"]
             await client.load("support@v2", tmp_path / "one")
-            await client.load("support@v2", tmp_path / "two")  # already there: nothing to do
+            # Already there, since an unload got lost: never two contents under one name, nor a reload in place.
+            await client.load("support@v2", tmp_path / "two")
             assert await client.models() == ["base", "support@v2"]
-            assert stub.paths == {"support@v2": str(tmp_path / "one")}
+            assert stub.paths == {"support@v2": str(tmp_path / "two")}
             await client.unload("support@v2")
             await client.unload("support@v2")
             assert await client.models() == ["base"]

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import gradio as gr
 import pytest
 
 from lit_ft.errors import UserError
+from serve import votes
 from serve.client import Timing
 from serve.conversation import Message
 from serve.errors import UnknownModelError
@@ -24,7 +26,7 @@ from serve.pages.compare import Half, Match
 from serve.pages.parts import Parts
 from serve.stopping import Stop
 from serve.votes import Ballot, Sampling, Side
-from tests.serve.page_parts import VOTER, made
+from tests.serve.page_parts import REMOVED, VOTER, made, passed, removed, with_weights
 from tests.serve.published import BASE_HASH, adapter
 from tests.serve.stub_engine import Stub, running
 
@@ -222,6 +224,63 @@ def test_a_forged_or_anothers_ballot_does_not_count(parts: Parts) -> None:
             await session.vote("left")
             assert "not counted" in session.value("duel-notice")
         assert stored(parts) == []
+
+    run(story())
+
+
+def test_every_verdict_of_the_store_has_its_button() -> None:
+    assert {verdict for verdict, _, _ in compare.VERDICTS} == set(votes.VERDICTS["compare"])
+
+
+@pytest.mark.parametrize("then", ["deleted", "published again"])
+def test_a_ballot_names_the_weights_that_answered_whatever_has_the_name_by_then(
+    parts: Parts, stub: Stub, tmp_path: Path, then: str
+) -> None:
+    version = parts.fleet.get("legal@v1")
+    assert version is not None and version.adapter is not None
+    answered = version.adapter.card.weights_sha256
+    stub.delay_s, stub.reply = 0.1, "a b c d e f"
+
+    async def story() -> None:
+        session = Session(parts)
+        sending = asyncio.ensure_future(session.send("Hello", blind=False, left="legal@v1", right="base"))
+        while len(stub.requests) < 2:
+            await asyncio.sleep(0.01)
+        await parts.fleet.forget(version)  # while the replies come: the ballot is issued at their end
+        if then == "published again":
+            passed(parts.fleet, with_weights(adapter(tmp_path / "again", "legal"), "sha256:others"))
+        await sending
+        await session.vote("left")
+        (row,) = stored(parts)
+        assert (row["left_hash"], row["right_hash"]) == (answered, BASE_HASH)
+
+    run(story())
+
+
+def test_replies_of_unknown_weights_are_not_put_to_the_vote(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        session = Session(parts)
+        monkeypatch.setattr(Parts, "hash_of", lambda self, ref: "")
+        await session.send("Hello", blind=False, left="legal@v1", right="base")
+        assert "not known which weights" in session.value("duel-notice") and session.value("duel-box") == "Hello"
+        assert session.usable == [] and stored(parts, "ballots") == []
+
+    run(story())
+
+
+def test_an_account_that_was_removed_is_told_so(parts: Parts, stub: Stub) -> None:
+    async def story() -> None:
+        session = Session(parts)
+        await session.send("Hello")
+        gone = Session(replace(parts, who=removed))
+        gone.match, gone.shown = session.match, session.shown
+        await gone.vote("left")
+        assert REMOVED in gone.value("duel-notice") and stored(parts) == []
+        asked = len(stub.requests)
+        gone = Session(replace(parts, who=removed))
+        await gone.send("More")
+        assert REMOVED in gone.value("duel-notice") and gone.value("duel-box") == "More"
+        assert len(stub.requests) == asked
 
     run(story())
 
@@ -431,7 +490,7 @@ def test_named_models_are_those_chosen_and_shown_at_once(parts: Parts) -> None:
 
 def test_hidden_panes_hold_neither_name_nor_speed_nor_live_markup(parts: Parts) -> None:
     timing = Timing(0.1, 12, 34.0)
-    match = Match(("base", "support@v1"), True, (), Message("user", "Q"), (Half(REPLY, timing, "length"), Half()))
+    match = Match(("base", "support@v1"), True, (), Message("user", "Q"), (Half("h", REPLY, timing, "length"), Half()))
     (head, talk), (_, waiting) = compare.view(parts, match)
     assert "hidden until you vote" in head and "34" not in repr((head, talk))
     assert "<script" not in repr(talk) and "cut at the longest reply" in repr(talk)

@@ -532,7 +532,7 @@ def test_a_folder_that_is_gone_ends_no_request() -> None:
     run(task())
 
 
-def test_a_folder_that_changed_is_never_loaded_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_changed_is_never_loaded_in_place() -> None:
     async def task() -> None:
         fleet, engine = make()
         await publish(fleet, "a@v1")
@@ -541,15 +541,11 @@ def test_a_folder_that_changed_is_never_loaded_in_place(monkeypatch: pytest.Monk
         async with engine.use(fleet, "a"):
             await fleet.forget(old)
             new = fleet.found("a@v1", card("a@v1", "2027-01-01T00:00:00+00:00"))
-            monkeypatch.setattr(fleet_module, "WAIT_FOR_ROOM_S", 0.02)
-            with pytest.raises(UnavailableError, match="a@v1 is in use at this moment as it was before"):
-                await fleet.try_out(new)
+            for _ in range(2):
+                with pytest.raises(UnavailableError, match="a@v1 is in use at this moment as it was before"):
+                    await asyncio.wait_for(fleet.try_out(new), 1.0)
             assert engine.held["a@v1"] is old.adapter
-            monkeypatch.setattr(fleet_module, "WAIT_FOR_ROOM_S", 10.0)
-            trying = asyncio.create_task(fleet.try_out(new))
-            await settled()
-            assert not trying.done()
-        await trying
+        await fleet.try_out(new)
         fleet.passed(new)
         assert engine.held["a@v1"] is new.adapter and engine.broken == []
         assert engine.log == ["+a@v1", "-a@v1", "+a@v1"]
@@ -579,6 +575,139 @@ def test_what_was_forgotten_meanwhile_is_not_loaded() -> None:
         engine.problem.clear()
         await publish(fleet, "a@v1")
         assert held(engine) == {"a@v1"}
+
+    run(task())
+
+
+def test_a_check_does_not_wait_for_room_but_for_what_is_just_being_unloaded() -> None:
+    async def task() -> None:
+        fleet, engine = make(Engine(delay_s=0.03), room=1)
+        await publish(fleet, "a@v1")
+        new = fleet.found("b@v1", card("b@v1"))
+        async with engine.use(fleet, "a"):
+            with pytest.raises(UnavailableError, match="1 other adapters are in use"):
+                await asyncio.wait_for(fleet.try_out(new), 1.0)
+        version = fleet.get("a@v1")
+        assert version
+        unloading = fleet.forget(version)
+        await asyncio.sleep(0.01)
+        assert engine._changing == {"a@v1"}
+        await fleet.try_out(new)
+        assert unloading.done() and held(engine) == {"b@v1"}
+
+    run(task())
+
+
+def test_forgetting_waits_for_nothing_and_wakes_who_waits_for_room() -> None:
+    async def task() -> None:
+        fleet, engine = make(room=1)
+        await publish(fleet, "a@v1")
+        await publish(fleet, "b@v1")
+        async with engine.use(fleet, "a"):
+            waiting = asyncio.create_task(ask(fleet, engine, "b"))
+            await settled()
+            version = fleet.get("b@v1")
+            assert version and version.lock.locked()
+            fleet.forget(version)
+            with pytest.raises(UnknownModelError, match="b@v1 is not here any more"):
+                await asyncio.wait_for(waiting, 1.0)
+        assert held(engine) == {"a@v1"}
+        # The same while it is being loaded, however long the engine takes for that.
+        engine.delay_s = 0.1
+        version = fleet.found("c@v1", card("c@v1"))
+        trying = asyncio.create_task(fleet.try_out(version))
+        await asyncio.sleep(0.15)
+        assert engine._changing == {"c@v1"}
+        began = asyncio.get_running_loop().time()
+        unloading = fleet.forget(version)
+        assert asyncio.get_running_loop().time() - began < 0.05 and fleet.get("c@v1") is None
+        await asyncio.gather(trying, unloading)
+        assert held(engine) == set() and not fleet._leaving
+
+    run(task())
+
+
+def test_what_the_engine_refuses_to_unload_still_takes_room_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def task() -> None:
+        monkeypatch.setattr(fleet_module, "AGAIN_S", 0.1)
+        monkeypatch.setattr(fleet_module, "WAIT_FOR_ROOM_S", 0.03)
+        fleet, engine = make(room=2)
+        await publish(fleet, "a@v1")
+        there, tries = engine.unload, []
+
+        async def refuse(ref: str) -> None:
+            tries.append(ref)
+            raise UserError("The engine could not unload it.")
+
+        engine.unload = refuse  # type: ignore[method-assign]
+        await publish(fleet, "a@v2")
+        old = fleet.get("a@v1")
+        assert old and old.resident and held(engine) == {"a@v1", "a@v2"} and tries == ["a@v1"]
+        await fleet.forget(old)
+        assert tries == ["a@v1"] * 2
+        again = fleet.found("a@v1", card("a@v1"))
+        with pytest.raises(UnavailableError):  # not in place
+            await fleet.try_out(again)
+        async with engine.use(fleet, "a@v2"):
+            with pytest.raises(UnavailableError):  # and no more than there is room for
+                await fleet.try_out(fleet.found("b@v1", card("b@v1")))
+        assert tries == ["a@v1"] * 2, "not asked all the time"
+        engine.unload = there  # type: ignore[method-assign]
+        await asyncio.sleep(0.25)
+        assert held(engine) == {"a@v2"} and not fleet._leaving
+        await fleet.try_out(again)
+        assert held(engine) == {"a@v1", "a@v2"}
+
+    run(task())
+
+
+def test_an_engine_that_ends_while_it_unloads_holds_nothing() -> None:
+    async def task() -> None:
+        fleet, engine = make()
+        await publish(fleet, "a@v1")
+
+        async def gone(ref: str) -> None:
+            engine.die()
+            raise EngineGoneError("gone")
+
+        engine.unload = gone  # type: ignore[method-assign]
+        await publish(fleet, "a@v2")
+        version = fleet.get("a@v1")
+        assert version and not version.resident
+
+    run(task())
+
+
+def test_what_is_being_checked_again_serves_on_but_is_not_loaded_from_its_folder() -> None:
+    async def task() -> None:
+        fleet, engine = make(room=1)
+        await publish(fleet, "a@v1")
+        version = fleet.get("a@v1")
+        assert version
+        version.doubtful = True
+        assert await ask(fleet, engine, "a") == "a@v1"
+        await publish(fleet, "b@v1")
+        with pytest.raises(UnavailableError, match="a@v1 is being checked again"):
+            await ask(fleet, engine, "a")
+        version.doubtful = False
+        assert await ask(fleet, engine, "a") == "a@v1"
+
+    run(task())
+
+
+def test_a_note_is_told_of_what_is_ready() -> None:
+    async def task() -> None:
+        fleet, _ = make()
+        await publish(fleet, "a@v1")
+        version = fleet.get("a@v1")
+        assert version and fleet.reason(version) == ""
+        version.note = "No canary."
+        assert fleet.reason(version) == "No canary."
+        fleet.retire("a@v1")
+        assert fleet.reason(version) == "Retired by hand."
+        fleet.retire("a@v1", False)
+        await publish(fleet, "a@v2")
+        assert fleet.reason(version).startswith("a@v2 took its place.")
 
     run(task())
 
@@ -647,6 +776,56 @@ def test_an_engine_that_ends_while_it_is_given_its_adapters() -> None:
         with pytest.raises(EngineGoneError):
             await fleet.engine_back()
         assert fleet.resolve("a") == "a@v1", "not its fault, for all we know"
+
+    run(task())
+
+
+def test_a_version_that_ends_the_engine_twice_in_a_row_is_quarantined() -> None:
+    async def task() -> None:
+        fleet, engine = make()
+        await publish(fleet, "a@v1", "b@v1")
+
+        async def back() -> None:
+            engine.die()
+            fleet.engine_lost("")
+            await fleet.engine_back()
+
+        gone = {"b@v1": EngineGoneError("gone")}
+        for _ in range(3):  # it went well between them: an accident each
+            engine.problem = dict(gone)
+            with pytest.raises(EngineGoneError):
+                await back()
+            engine.problem = {}
+            await back()
+        assert fleet.blamed == 0
+        engine.problem = dict(gone)
+        for _ in range(2):
+            with pytest.raises(EngineGoneError):
+                await back()
+        version = fleet.get("b@v1")
+        assert version and fleet.state(version) is State.QUARANTINED and "ended 2 times" in version.problem
+        await back()
+        assert held(engine) == {"a@v1"} and fleet.blamed == 1
+
+    run(task())
+
+
+def test_a_version_is_not_blamed_for_the_engines_end_while_another_was_loaded() -> None:
+    async def task() -> None:
+        fleet, engine = make(Engine(delay_s=0.01))
+        await publish(fleet, "a@v1", "b@v1", "b@v2")
+        await asyncio.sleep(0.05)
+        engine.problem = {"a@v1": EngineGoneError("gone"), "b@v1": EngineGoneError("gone")}
+        for _ in range(3):
+            engine.die()
+            fleet.engine_lost("")
+            loading = asyncio.create_task(fleet.engine_back())
+            await asyncio.sleep(0.002)
+            with pytest.raises(EngineGoneError):
+                await ask(fleet, engine, "b@v1")
+            with pytest.raises(EngineGoneError):
+                await loading
+        assert fleet.resolve("a") == "a@v1"
 
     run(task())
 

@@ -140,13 +140,13 @@ def test_a_cancelled_task_aborts_the_request(stub: Stub, tmp_path: Any) -> None:
     run(task())
 
 
-def test_refusals_by_the_engine_are_failures(stub: Stub, tmp_path: Any) -> None:
+def test_what_the_engine_does_not_take_is_refused_and_no_failure(stub: Stub, tmp_path: Any) -> None:
     async def task() -> None:
         async with parts(stub, tmp_path) as gateway:
             with pytest.raises(ChatError, match="tokens long; the model reads at most 256"):
                 await ask(gateway, messages=[{"role": "user", "content": "word " * 300}])
-            assert counted(gateway, "support@v2") == {"failed": 1}
-            assert gateway.fleet.stats("support@v2").failed == 1
+            assert counted(gateway, "support@v2") == {"refused": 1}
+            assert gateway.fleet.stats("support@v2").failed == 0
 
     run(task())
 
@@ -270,7 +270,7 @@ def test_raw_passes_the_engines_refusal_on(stub: Stub, tmp_path: Any) -> None:
             async with gateway.raw("ann", body) as answer:
                 text = b"".join([chunk async for chunk in answer.chunks])
             assert answer.status == 400 and "maximum context length" in json.loads(text)["error"]["message"]
-            assert counted(gateway, "support@v2") == {"failed": 1}
+            assert counted(gateway, "support@v2") == {"refused": 1}
 
     run(task())
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from lit_ft.errors import UserError
-from serve.__main__ import bypass_proxies, check_port
+from serve.__main__ import alone, bypass_proxies, check_port
 from tests.serve.published import adapter
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +132,20 @@ def test_an_engine_that_ends_again_and_again_ends_the_server(tmp_path: Path) -> 
     assert process.returncode == 2
     last = err[err.index("error: ") :]
     assert "4 times in a row" in last and "out of memory" in last and "Traceback" not in err
+
+
+def test_what_a_server_writes_is_its_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with alone(7860):
+        with alone(7861):
+            pass
+        with pytest.raises(UserError, match=r"port=7860 runs in this folder.*port=7861"), alone(7860):
+            pass
+    with alone(7860):
+        pass
+    (tmp_path / "runs" / "serve" / "server-7862.lock").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), alone(7862):
+        pass
 
 
 def test_a_port_in_use() -> None:

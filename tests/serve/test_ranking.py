@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from serve.ranking import (
     PRIOR,
+    Model,
     Verdict,
     Vote,
     agreement,
@@ -28,15 +29,20 @@ NOW = datetime(2026, 3, 4, 12, 30, tzinfo=UTC)
 
 
 def vote(left: str, right: str, verdict: Verdict, voter: str = "ann", prompt: str = "?", voted: datetime = NOW) -> Vote:
-    return Vote(left, right, verdict, voter, prompt, voted)
+    return Vote(model(left), model(right), verdict, voter, prompt, voted)
+
+
+def model(name: str) -> Model:
+    return Model(name, f"hash of {name}")
 
 
 def strengths(votes: list[Vote], anchor: str | None = None) -> dict[str, float]:
-    return {one.model: one.strength for one in bradley_terry(votes, anchor).strengths}
+    return {one.model.ref: one.strength for one in bradley_terry(votes, model(anchor) if anchor else None).strengths}
 
 
-def margin(votes: list[Vote], model: str, anchor: str | None = None) -> float:
-    [one] = [one for one in bradley_terry(votes, anchor).strengths if one.model == model]
+def margin(votes: list[Vote], name: str, anchor: str | None = None) -> float:
+    found = bradley_terry(votes, model(anchor) if anchor else None).strengths
+    [one] = [one for one in found if one.model.ref == name]
     assert math.isclose(one.high - one.strength, one.strength - one.low)
     return one.high - one.strength
 
@@ -84,7 +90,7 @@ def test_win_rates_by_hand() -> None:
         vote("a", "a", "left"),  # says nothing
     ]
     rates = win_rates(votes)
-    assert [(one.model, one.wins, one.votes) for one in rates] == [("a", 3.0, 4), ("c", 0.5, 1), ("b", 0.5, 3)]
+    assert [(one.model.ref, one.wins, one.votes) for one in rates] == [("a", 3.0, 4), ("c", 0.5, 1), ("b", 0.5, 3)]
     assert rates[0].rate == 0.75 and (rates[0].low, rates[0].high) == wilson(3, 4)
     assert win_rates([]) == []
 
@@ -112,9 +118,9 @@ def test_interval_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_another_optimiser_finds_the_same(seed: int) -> None:
     votes = arena({"a": 2.0, "b": 0.5, "c": 0.0, "d": -1.5, "e": -6.0}, 200, seed, ties=0.2)
-    names = sorted({one.left for one in votes} | {one.right for one in votes})
-    left = torch.tensor([names.index(one.left) for one in votes])
-    right = torch.tensor([names.index(one.right) for one in votes])
+    names = sorted({one.left.ref for one in votes} | {one.right.ref for one in votes})
+    left = torch.tensor([names.index(one.left.ref) for one in votes])
+    right = torch.tensor([names.index(one.right.ref) for one in votes])
     score = torch.tensor([{"left": 1.0, "right": 0.0}.get(one.verdict, 0.5) for one in votes], dtype=torch.float64)
     theta = torch.zeros(len(names), dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
@@ -132,7 +138,7 @@ def test_another_optimiser_finds_the_same(seed: int) -> None:
     optimiser.step(closure)
     best = theta.detach()
     points = 400 / math.log(10)
-    found = {one.model: one for one in bradley_terry(votes).strengths}
+    found = {one.model.ref: one for one in bradley_terry(votes).strengths}
     assert [found[name].strength for name in names] == pytest.approx((1000 + points * best).tolist(), abs=1e-3)
     centre = torch.eye(len(names), dtype=torch.float64) - 1 / len(names)
     covariance = centre @ torch.linalg.inv(torch.autograd.functional.hessian(loss, best)) @ centre
@@ -146,7 +152,7 @@ def test_intervals_cover_what_is_true() -> None:
     inside = total = 0
     for seed in range(300):
         for one in bradley_terry(arena(true, 150, seed)).strengths:
-            inside += one.low <= 1000 + 400 / math.log(10) * true[one.model] <= one.high
+            inside += one.low <= 1000 + 400 / math.log(10) * true[one.model.ref] <= one.high
             total += 1
     assert 0.93 < inside / total < 0.975
 
@@ -164,7 +170,7 @@ def test_the_anchor_and_the_mean_are_at_1000() -> None:
 def test_sides_and_order_do_not_matter() -> None:
     votes = arena({"a": 1.0, "b": 0.0, "c": -1.0}, 60, 1, ties=0.3)
     swap: dict[Verdict, Verdict] = {"left": "right", "right": "left"}
-    mirrored = [vote(one.right, one.left, swap.get(one.verdict, one.verdict)) for one in reversed(votes)]
+    mirrored = [vote(one.right.ref, one.left.ref, swap.get(one.verdict, one.verdict)) for one in reversed(votes)]
     assert strengths(mirrored) == pytest.approx(strengths(votes))
 
 
@@ -172,8 +178,8 @@ def test_unbeaten_models_stay_finite_and_more_wins_are_stronger() -> None:
     gained = [strengths([vote("a", "b", "left")] * n)["a"] for n in (1, 5, 50, 100_000)]
     assert all(before < after < 3000 for before, after in pairwise([1000, *gained]))
     # A handful of wins proves little: the interval of the difference still holds "equal".
-    [best, _] = bradley_terry([vote("a", "b", "left")] * 2, anchor="b").strengths
-    assert best.model == "a" and best.low < 1000 < best.high
+    [best, _] = bradley_terry([vote("a", "b", "left")] * 2, anchor=model("b")).strengths
+    assert best.model == model("a") and best.low < 1000 < best.high
 
 
 def test_chains_of_unbeaten_models_converge() -> None:
@@ -181,7 +187,7 @@ def test_chains_of_unbeaten_models_converge() -> None:
     names = [f"m{i:02}" for i in range(20)]
     votes = [vote(better, worse, "left") for better, worse in pairwise(names) for _ in range(10_000)]
     found = bradley_terry(votes)
-    assert [one.model for one in found.strengths] == names
+    assert [one.model.ref for one in found.strengths] == names
     assert all(math.isfinite(one.low) and one.low < one.high for one in found.strengths)
 
 
@@ -191,17 +197,26 @@ def test_groups_that_no_vote_connects() -> None:
         *[vote("x", "y", "tie")],
         *[vote("lonely", "lonely", "left")],
     ]
-    found = bradley_terry(votes, anchor="c")
-    assert found.groups == (("a", "b", "c"), ("x", "y"))
-    values = {one.model: one.strength for one in found.strengths}
+    found = bradley_terry(votes, anchor=model("c"))
+    assert found.groups == (tuple(map(model, "abc")), tuple(map(model, "xy")))
+    values = {one.model.ref: one.strength for one in found.strengths}
     assert values == pytest.approx(dict.fromkeys("abcxy", 1000.0))
     # What happens in one group does not move the other.
     more = strengths([*votes, *[vote("x", "y", "left")] * 9], anchor="c")
     assert more["x"] > 1000 > more["y"] and more["a"] == pytest.approx(values["a"])
 
 
+def test_one_name_of_two_weights_is_two_models() -> None:
+    """`base` of two bases, or a version that was published again."""
+    old, new = Model("base", "1"), Model("base", "2")
+    votes = [Vote(old, new, "left", voter, "?", NOW) for voter in ("ann", "bob")]
+    assert [(one.model, one.wins, one.votes) for one in win_rates(votes)] == [(old, 2, 2), (new, 0, 2)]
+    assert [one.model for one in bradley_terry(votes, anchor=new).strengths] == [old, new]
+    assert agreement(votes).share == 1
+
+
 def test_no_votes_rank_nothing() -> None:
-    assert bradley_terry([]).strengths == () == bradley_terry([vote("a", "a", "tie")], anchor="a").groups
+    assert bradley_terry([]).strengths == () == bradley_terry([vote("a", "a", "tie")], anchor=model("a")).groups
 
 
 def test_krippendorffs_own_example() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def test_not_servable_gives_the_cards_reason(tmp_path: Path) -> None:
     why = "DoRA: merge it with python -m lit_ft.export."
     assert reason(tmp_path / "a", servable=False, not_servable_reason=why) == why
     assert "cannot be served" in reason(tmp_path / "b", servable=False)
+
+
+def test_names_that_mean_something_else_here(tmp_path: Path) -> None:
+    for name, what in (("base", "the base itself"), ("human", "replies that people wrote")):
+        why = objection(adapter(tmp_path, name), tmp_path, RULES)
+        assert f"'{name}'" in why and what in why and "another name" in why
+    assert objection(adapter(tmp_path, "opt"), tmp_path, replace(RULES, base_name="opt"))
+    assert objection(read(tmp_path / "base" / "v1"), tmp_path, replace(RULES, base_name="opt")) == ""
+    assert objection(adapter(tmp_path, "based"), tmp_path, RULES) == ""
+    assert rules(tmp_path).max_rank == MIN_RANK
 
 
 # --- what vLLM refuses -----------------------------------------------------------------------------------------------

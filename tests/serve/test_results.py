@@ -9,6 +9,7 @@ import re
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,14 @@ from lit_ft.errors import UserError
 from serve import ranking
 from serve.pages import plots, results
 from serve.pages.parts import Parts
-from serve.ranking import Period, Vote
+from serve.ranking import Model, Period, Vote
 from serve.votes import EVERYTHING, Ballot, Sampling, Side, VoteStore
-from tests.serve.page_parts import made
-from tests.serve.published import BASE_HASH
+from tests.serve.page_parts import REMOVED, in_a_loop, made, passed, removed, with_weights
+from tests.serve.published import BASE_HASH, adapter
 from tests.serve.stub_engine import Stub
 
 HOSTILE = "<script>alert('x')</script>\"&"
+BASE = Model("base", "h")
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
@@ -46,9 +48,12 @@ def cast(
     prompt: str = "Q",
     base_hash: str = BASE_HASH,
     blind: bool = True,
+    hashes: dict[str, str] | None = None,
 ) -> None:
     """A vote, as the pages store it."""
-    sides = Side(left, "h", f"by {left}"), Side(right, "h", f"by {right}") if right else None
+    known = {"base": base_hash, **(hashes or {})}
+    one = Side(left, known.get(left, "h"), f"by {left}")
+    sides = one, Side(right, known.get(right, "h"), f"by {right}") if right else None
     messages = [{"role": "user", "content": prompt}]
     ballot = Ballot(voter, "bundled", base_hash, messages, *sides, Sampling(1, 1, 9, None), blind)
     store.vote(store.issue(ballot), voter, verdict)
@@ -66,7 +71,11 @@ def text(markup: str) -> str:
 
 
 def votes(pairs: Iterable[tuple[str, str, Any]]) -> list[Vote]:
-    return [Vote(left, right, verdict, "a", "Q", NOON) for left, right, verdict in pairs]
+    return [Vote(Model(left, "h"), Model(right, "h"), verdict, "a", "Q", NOON) for left, right, verdict in pairs]
+
+
+def name(model: Model) -> str:
+    return model.ref
 
 
 # --- filters ---
@@ -141,6 +150,36 @@ def test_figures_by_hand(parts: Parts) -> None:
     assert words.index("a@v1") < words.index("Base model")
 
 
+def test_one_name_of_several_weights_is_several_models(parts: Parts, tmp_path: Path) -> None:
+    again = with_weights(adapter(tmp_path), "sha256:" + "a" * 64)
+    in_a_loop(lambda: passed(parts.fleet, again))
+    for weights, verdict in (("a" * 64, "left"), ("b" * 64, "right")):
+        cast(parts.votes, "support@v1", "base", verdict, hashes={"support@v1": f"sha256:{weights}"})
+    cast(parts.votes, "legal@v1", "base", "tie", base_hash="sha256:" + "c" * 64)
+    here = text(shown(parts)[0])
+    # Won one, lost one: as one model it would stand at 50%.
+    assert "support@v1 · SFT (aaaaaaaa)" in here and "support@v1 (bbbbbbbb)" in here
+    assert here.index("(aaaaaaaa)") < here.index("Base model") < here.index("(bbbbbbbb)")
+    assert "Base model (" not in here and "Base model is 1000" in here
+    everywhere = text(shown(parts, base=results.EVERYWHERE)[0])
+    assert "Base model (cccccccc)" in everywhere and f"Base model ({BASE_HASH[7:15]}) is 1000" in everywhere
+    assert "legal@v1 (" not in everywhere
+    assert set(shown(parts)[1]) == {"support@v1", "base"}, "the filter is of names"
+
+
+def test_an_account_that_was_removed_is_shown_and_given_nothing(parts: Parts) -> None:
+    cast(parts.votes, "a@v1", "base", "left")
+    with gr.Blocks() as page:
+        results.build(replace(parts, who=removed), gr.Button())
+    fields: tuple[Any, ...] = ([], results.HERE, None, None, False)
+    events = [fn.fn for fn in page.fns.values() if fn.name in ("on_export", "on_show") and fn.fn is not None]
+    assert len({event.__name__ for event in events}) == 2
+    for event in events:
+        said = {component.elem_id: value for component, value in asyncio.run(event(None, *fields)).items()}
+        assert REMOVED in said.pop("results-notice")["value"]
+        assert [value["value"] for value in said.values()] in ([], [None])
+
+
 def test_names_from_outside_are_text(parts: Parts) -> None:
     cast(parts.votes, HOSTILE, "base", "left")
     body, _ = shown(parts)
@@ -148,11 +187,11 @@ def test_names_from_outside_are_text(parts: Parts) -> None:
 
 
 def test_the_anchor_has_no_interval_and_groups_stand_apart() -> None:
-    drawn = results.strengths(votes([("base", "a", "left"), ("x", "y", "left"), ("a", "base", "tie")]), str, "base")
+    drawn = results.strengths(votes([("base", "a", "left"), ("x", "y", "left"), ("a", "base", "tie")]), name, BASE)
     words = text(drawn)
     assert "1000  by definition" in words and "base is 1000" in words
     assert words.index("Never compared with those above") < words.index("x")
-    assert text(results.strengths(votes([("a", "b", "left")]), str, "base")).count("mean is 1000") == 1
+    assert text(results.strengths(votes([("a", "b", "left")]), name, BASE)).count("mean is 1000") == 1
 
 
 def test_a_whisker_lies_where_its_numbers_say() -> None:
@@ -197,17 +236,18 @@ def test_a_span_gets_a_readable_number_of_bars(days: int, bucket: str) -> None:
 
 def test_one_vote_can_be_drawn() -> None:
     for verdict in ("left", "tie"):
-        assert "23 Nov 2026" in text(results.draw(votes([("a", "b", verdict)]), str, "base"))
+        assert "23 Nov 2026" in text(results.draw(votes([("a", "b", verdict)]), name, BASE))
 
 
 def test_ten_thousand_votes_are_drawn_while_one_waits() -> None:
+    models = [Model(one, "h") for one in "abcd"]
     many = [
-        Vote("abcd"[i % 4], "abcd"[(i + 1 + i % 3) % 4], ("left", "right", "tie")[i % 3], str(i % 50), str(i % 900), at)
+        Vote(models[i % 4], models[(i + 1 + i % 3) % 4], ("left", "right", "tie")[i % 3], str(i % 50), str(i % 900), at)
         for i in range(10_000)
         for at in [NOON - timedelta(hours=i % 1000)]
     ]
     began = time.perf_counter()
-    results.draw(many, str, "a")
+    results.draw(many, name, models[0])
     assert time.perf_counter() - began < 5  # about 0.4 s on a free core
 
 
@@ -245,15 +285,15 @@ def test_the_page_exports_into_gradios_own_folder_or_says_that_there_is_nothing(
     with gr.Blocks() as page:
         results.build(parts, gr.Button())
     events = {name: [fn.fn for fn in page.fns.values() if fn.name == name] for name in ("on_export", "on_show")}
-    fields = ([], results.HERE, None, None, False)
+    fields: tuple[Any, ...] = ([], results.HERE, None, None, False)
 
     def said(update: dict[Any, Any]) -> SimpleNamespace:
         return SimpleNamespace(**{component.elem_id.replace("-", "_"): value for component, value in update.items()})
 
-    nothing = said(asyncio.run(events["on_export"][0](*fields)))
+    nothing = said(asyncio.run(events["on_export"][0](None, *fields)))
     assert nothing.export_file["value"] is None and "nothing to export" in nothing.results_notice["value"]
     cast(parts.votes, "a@v1", "base", "left")
-    found = said(asyncio.run(events["on_export"][0](*fields)))
+    found = said(asyncio.run(events["on_export"][0](None, *fields)))
     assert Path(found.export_file["value"]).is_relative_to(tmp_path / "gradio")
-    wrong = said(asyncio.run(events["on_show"][0](*fields[:2], "soon", None, False)))
+    wrong = said(asyncio.run(events["on_show"][0](None, *fields[:2], "soon", None, False)))
     assert "is no day" in wrong.results_notice["value"]

@@ -15,7 +15,8 @@ import pytest
 
 from lit_ft.adapter import ADAPTER_WEIGHTS, sha256_file
 from lit_ft.errors import UserError
-from serve.errors import UnavailableError
+from serve import snapshots as snapshots_module
+from serve.errors import EngineGoneError, UnavailableError
 from serve.snapshots import ChangedError, Snapshots
 from tests.serve.published import adapter
 
@@ -63,7 +64,10 @@ def test_a_copy_of_what_the_engine_reads_and_of_nothing_else(tmp_path: Path, loa
     assert all(contents(made.path)[name] == data for name, data in contents(copy).items())
 
 
-def test_a_path_never_used_before(tmp_path: Path, loader: Loader, copies: Snapshots) -> None:
+def test_a_path_never_used_before(
+    tmp_path: Path, loader: Loader, copies: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots_module, "DELAY_S", 0.0)
     made = adapter(tmp_path / "adapters")
 
     async def task() -> None:
@@ -74,6 +78,74 @@ def test_a_path_never_used_before(tmp_path: Path, loader: Loader, copies: Snapsh
 
     asyncio.run(task())
     assert len(set(loader.paths)) == 20
+
+
+def test_a_copy_is_left_for_a_while_after_the_engine_was_told_to_let_go(
+    tmp_path: Path, loader: Loader, copies: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots_module, "DELAY_S", 0.2)
+    made = adapter(tmp_path / "adapters")
+
+    async def task() -> None:
+        await copies.load(made)
+        first = loader.loaded["support@v1"]
+        await copies.unload("support@v1")
+        await copies.load(made)
+        second = loader.loaded["support@v1"]
+        assert sorted(contents(first)) == sorted(contents(second)), "a step under way may read it yet"
+        await asyncio.sleep(0.4)
+        assert not first.exists() and second.is_dir(), "removed by itself"
+
+    asyncio.run(task())
+
+
+def test_copies_whose_time_came_while_nobody_looked_are_removed_with_the_next_load(
+    tmp_path: Path, loader: Loader, copies: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = adapter(tmp_path / "adapters")
+    asyncio.run(copies.load(made))
+    asyncio.run(copies.unload("support@v1"))
+    assert len(list(copies.folder.iterdir())) == 1
+    monkeypatch.setattr(snapshots_module, "DELAY_S", 0.0)
+    asyncio.run(copies.load(made))
+    assert list(copies.folder.iterdir()) == [loader.loaded["support@v1"]]
+
+
+def test_all_copies_are_removed_when_no_engine_runs(tmp_path: Path, loader: Loader, copies: Snapshots) -> None:
+    made = adapter(tmp_path / "adapters")
+    asyncio.run(copies.load(made))
+    asyncio.run(copies.unload("support@v1"))
+    copies.clear()
+    assert not copies.folder.exists()
+
+
+def test_a_copy_that_the_engine_refuses_to_let_go_of_stays(
+    tmp_path: Path, loader: Loader, copies: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots_module, "DELAY_S", 0.0)
+    made = adapter(tmp_path / "adapters")
+    asyncio.run(copies.load(made))
+
+    async def refuse(ref: str) -> None:
+        raise UserError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "unload", refuse)
+        with pytest.raises(UserError, match="refused"):
+            asyncio.run(copies.unload("support@v1"))
+        assert loader.loaded["support@v1"].is_dir()
+    asyncio.run(copies.unload("support@v1"))
+    assert list(copies.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", [EngineGoneError("gone, or slow to answer"), asyncio.CancelledError()])
+def test_a_load_whose_end_is_not_known_leaves_the_copy_for_a_while(
+    tmp_path: Path, loader: Loader, copies: Snapshots, problem: BaseException
+) -> None:
+    loader.problem = problem
+    with pytest.raises(type(problem)):
+        asyncio.run(copies.load(adapter(tmp_path / "adapters")))
+    assert list(copies.folder.iterdir()) == loader.paths
 
 
 @pytest.mark.parametrize("change", ["deleted", "truncated", "replaced", "overwritten"])
@@ -162,7 +234,7 @@ def test_no_place_for_the_copies(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
-    with pytest.raises(UnavailableError, match="No copy can be made"):
+    with pytest.raises(UnavailableError, match="No copy for the engine can be made"):
         asyncio.run(copies.load(made))
 
 

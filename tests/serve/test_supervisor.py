@@ -263,6 +263,71 @@ def test_an_engine_that_ends_while_it_is_given_its_adapters(tmp_path: Path, part
     run(task())
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_adapters_that_end_the_engine_whenever_they_are_loaded_do_not_end_the_server(
+    tmp_path: Path, parts: Parts, count: int
+) -> None:
+    async def task() -> None:
+        for name in ("deadly1", "deadly2", "good"):
+            await parts.publish(adapter(tmp_path / "adapters", name))
+        load = parts.client.load
+
+        async def loading(ref: str, path: Path) -> None:
+            if ref in [f"deadly{i}@v1" for i in range(1, count + 1)]:
+                parts.engine.runs = False
+                raise EngineGoneError("gone")
+            await load(ref, path)
+
+        parts.client.load = loading
+        supervising = asyncio.create_task(parts.supervisor.run())
+        parts.engine.runs = False
+        await until(lambda: parts.restarted == 1)
+        assert parts.engine.starts == 2 * count + 1 and not supervising.done()
+        reasons = {v.ref: v.problem for v in parts.fleet.versions() if v.problem}
+        assert set(reasons) == {f"deadly{i}@v1" for i in range(1, count + 1)}
+        assert set(reasons.values()) == {"The engine ended 2 times in a row while it was loaded."}
+        assert parts.fleet.resolve("good") == "good@v1"
+        await cancelled(supervising)
+
+    run(task())
+
+
+def test_an_engine_that_no_adapter_can_be_loaded_into_is_given_up(tmp_path: Path, parts: Parts) -> None:
+    async def task() -> None:
+        for i in range(9):
+            await parts.publish(adapter(tmp_path / "adapters", f"n{i}"))
+
+        def on_load() -> None:
+            raise EngineGoneError("gone")
+
+        parts.client.on_load = on_load
+        parts.engine.runs = False
+        with pytest.raises(EngineLostError, match="given its adapters"):
+            await parts.supervisor.run()
+        assert parts.engine.starts < 9
+
+    run(task())
+
+
+def test_the_log_is_read_in_a_thread(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[threading.Thread] = []
+
+    def tail() -> list[str]:
+        where.append(threading.current_thread())
+        assert not parts.fleet.up, "people are told before"
+        return ["the end"]
+
+    async def task() -> None:
+        monkeypatch.setattr(parts.engine, "tail", tail)
+        supervising = asyncio.create_task(parts.supervisor.run())
+        parts.engine.runs = False
+        await until(lambda: parts.restarted == 1)
+        assert where and threading.main_thread() not in where and "the end" in parts.said[0]
+        await cancelled(supervising)
+
+    run(task())
+
+
 def test_it_can_be_cancelled_while_the_engine_is_starting(parts: Parts) -> None:
     async def task() -> None:
         supervising = asyncio.create_task(parts.supervisor.run())

@@ -214,18 +214,40 @@ def test_a_comment_has_a_limit_and_the_ballot_stays_open(store: VoteStore) -> No
     assert not store.vote(ballot_id, "ann", "left", "x" * COMMENT_LIMIT).repeated
 
 
-def test_a_better_answer_is_stored_once(store: VoteStore) -> None:
+def test_a_voter_has_one_better_answer_to_a_reply_the_last(store: VoteStore, clock: Clock) -> None:
     for number, repeated in enumerate([False, True]):
         found = store.improve(THUMBS, "Better.", f"comment {number}")
         assert found == Revealed("support@v3", HUMAN, "right", repeated)
-    store.improve(THUMBS, "Better still.")
+    [row] = store.rows()
+    assert (row.ballot.right, row.comment, row.voted) == (Side(HUMAN, "", "Better."), "comment 0", clock.now)
+    clock.now += timedelta(minutes=1)
+    assert store.improve(THUMBS, "Better still.", "again").repeated, "no vote more"
     store.improve(replace(THUMBS, voter="bob"), "Better.")
-    edits = [(row.kind, row.ballot.voter, row.ballot.right, row.comment) for row in store.rows()]
+    store.improve(replace(THUMBS, left=replace(LEFT, reply="Another.")), "Better.")
+    edits = [(row.number, row.ballot.voter, row.ballot.right, row.comment, row.voted) for row in store.rows()]
     assert edits[::-1] == [
-        ("edit", "ann", Side(HUMAN, "", "Better."), "comment 0"),
-        ("edit", "ann", Side(HUMAN, "", "Better still."), ""),
-        ("edit", "bob", Side(HUMAN, "", "Better."), ""),
+        (1, "ann", Side(HUMAN, "", "Better still."), "again", clock.now),
+        (2, "bob", Side(HUMAN, "", "Better."), "", clock.now),
+        (3, "ann", Side(HUMAN, "", "Better."), "", clock.now),
     ]
+    pairs = select(store.path, "SELECT * FROM preference_pairs")
+    assert [(pair["chosen"], pair["rejected"], pair["voter"]) for pair in pairs] == [
+        ("Better still.", LEFT.reply, "ann"),
+        ("Better.", LEFT.reply, "bob"),
+        ("Better.", "Another.", "ann"),
+    ]
+    assert store.counts()["edit"] == {"right": 3}
+
+
+def test_a_hundred_edits_of_one_reply_are_one_pair(store: VoteStore) -> None:
+    patient = VoteStore(store.path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: patient.improve(THUMBS, f"Better {number}."), range(100)))
+    patient.close()
+    assert sum(not one.repeated for one in found) == 1
+    patient.improve(THUMBS, "Best.")
+    patient.close()
+    assert [pair["chosen"] for pair in select(store.path, "SELECT * FROM preference_pairs")] == ["Best."]
 
 
 @pytest.mark.parametrize(("better", "comment"), [("", ""), (" \n", ""), (LEFT.reply, ""), ("Good.", "x" * 2001)])
@@ -289,7 +311,14 @@ def test_filters(store: VoteStore, clock: Clock) -> None:
     assert len(lines(store, Filters(kind="thumbs"), paired=False)) == 1
     assert lines(store, Filters(voter="bob", kind="edit")) == []
     assert store.comparisons(Filters(refs=["legal@v1"])) == [
-        ranking.Vote("support@v3", "legal@v1", "left", "ann", json.dumps(PROMPT), start + timedelta(hours=3))
+        ranking.Vote(
+            ranking.Model("support@v3", "sha256:3"),
+            ranking.Model("legal@v1", "sha256:l"),
+            "left",
+            "ann",
+            json.dumps(PROMPT),
+            start + timedelta(hours=3),
+        )
     ]
     assert len(store.comparisons()) == 4
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from lit_ft.adapter import Adapter, Base, Draft, publish
+from serve import snapshots as snapshots_module
 from serve import watcher as watcher_module
 from serve.client import EngineClient
 from serve.errors import EngineGoneError, UnknownModelError
@@ -51,6 +53,7 @@ def stub(shared: Stub) -> Stub:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher_module, "INTERVAL_S", 0.05)
     monkeypatch.setattr(watcher_module, "AGAIN_S", 0.15)
+    monkeypatch.setattr(snapshots_module, "DELAY_S", 0.1)
 
 
 @dataclass
@@ -242,6 +245,154 @@ def test_changed_files_are_checked_anew_and_a_request_under_way_ends_as_it_began
                 shutil.rmtree(made)
                 folder(at.root)
                 await at.until("support@v1", State.READY)
+
+    run(task())
+
+
+@pytest.mark.parametrize("what", ["README.md", "adapter_model.safetensors", "card.json", "all, copied anew"])
+def test_a_touched_folder_goes_on_being_served(stub: Stub, tmp_path: Path, what: str) -> None:
+    async def task() -> None:
+        async with serving(stub, tmp_path) as at:
+            made = folder(at.root)
+            await at.until("support@v1", State.READY)
+            version, paths, checks = at.fleet.get("support@v1"), dict(stub.paths), []
+            there = at.watcher._check
+
+            async def check(path: Path, seen: Any) -> None:
+                await there(path, seen)
+                checks.append(path)
+
+            at.watcher._check = check  # type: ignore[method-assign]
+            if what == "README.md":
+                (made / what).write_text("A better description.")
+            elif what.startswith("all"):
+                for path in list(made.iterdir()):
+                    shutil.copy(path, made / "new")
+                    (made / "new").replace(path)
+            else:
+                os.utime(made / what)
+            for _ in range(40):
+                assert at.state("support@v1") is State.READY
+                await asyncio.sleep(0.01)
+            assert bool(checks) is (what != "README.md")
+            assert at.fleet.get("support@v1") is version and version and not version.doubtful
+            assert stub.paths == paths and len(at.said) == 1, "not loaded again"
+
+    run(task())
+
+
+def test_a_changed_folder_is_served_as_it_was_until_its_check_fails(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go = threading.Event(), threading.Event()
+    there = watcher_module.read
+
+    def slow(path: Path) -> Adapter:
+        if waiting.is_set():
+            go.wait(10)
+        return there(path)
+
+    monkeypatch.setattr(watcher_module, "read", slow)
+
+    async def task() -> None:
+        async with serving(stub, tmp_path) as at:
+            made = folder(at.root)
+            await at.until("support@v1", State.READY)
+            waiting.set()
+            with (made / "adapter_model.safetensors").open("r+b") as file:
+                file.truncate(50)
+            version = at.fleet.get("support@v1")
+            await until(lambda: bool(version and version.doubtful))
+            async with at.fleet.lease("support") as ref:
+                assert ref == "support@v1" and at.state(ref) is State.READY
+            go.set()
+            await at.until("support@v1", State.QUARANTINED)
+            assert "SHA-256" in at.problem("support@v1")
+            await until(lambda: stub.models == ["base"])
+
+    run(task())
+
+
+def test_another_card_over_the_same_weights_is_another_version(stub: Stub, tmp_path: Path) -> None:
+    async def task() -> None:
+        async with serving(stub, tmp_path) as at:
+            made = folder(at.root)
+            await at.until("support@v1", State.READY)
+            before, path = at.fleet.get("support@v1"), stub.paths["support@v1"]
+            card = json.loads((made / "card.json").read_text())
+            (made / "card.json").write_text(json.dumps({**card, "metrics": {"eval/loss": 0.5}}))
+            await until(lambda: at.fleet.get("support@v1") is not before)
+            await at.until("support@v1", State.READY)
+            version = at.fleet.get("support@v1")
+            assert version and version.adapter and version.adapter.card.metrics == {"eval/loss": 0.5}
+            assert stub.paths["support@v1"] != path
+
+    run(task())
+
+
+def test_one_without_a_canary_is_served_with_a_note(stub: Stub, tmp_path: Path) -> None:
+    stub.logprobs.update({"base": CANARY["base_logprobs"], "good@v1": CANARY["logprobs"]})
+
+    async def task() -> None:
+        async with serving(stub, tmp_path) as at:
+            folder(at.root, "good", canary=CANARY)
+            await at.until("good@v1", State.READY)
+            stub.logprobs.clear()
+            folder(at.root)
+            await at.until("support@v1", State.READY)
+            reasons = {version.ref: at.fleet.reason(version) for version in at.fleet.versions()}
+            assert reasons == {
+                "good@v1": "", "support@v1": "No canary in its card: checked against the base only."
+            }  # fmt: skip
+
+    run(task())
+
+
+def test_one_that_waits_for_room_holds_up_nothing(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher_module, "AGAIN_S", 0.5)
+
+    async def task() -> None:
+        async with serving(stub, tmp_path, room=1) as at:
+            folder(at.root, "first")
+            await at.until("first@v1", State.READY)
+            async with at.fleet.lease("first"):
+                full = folder(at.root, "full")
+                await until(lambda: any(line.startswith("  waiting  full@v1") for line in at.said))
+                began = time.monotonic()
+                folder(at.root, "broken", lora={"use_dora": True})
+                await at.until("broken@v1", State.QUARANTINED)
+                shutil.rmtree(full)
+                await at.until("full@v1", None)
+                folder(at.root, "full")
+                await at.until("full@v1", State.LOADING)
+                assert time.monotonic() - began < 3
+            await at.until("full@v1", State.READY)
+
+    run(task())
+
+
+def test_one_that_the_engine_takes_long_to_load_does_not_hold_up_looking(stub: Stub, tmp_path: Path) -> None:
+    async def task() -> None:
+        async with serving(stub, tmp_path) as at:
+            loading, go = asyncio.Event(), asyncio.Event()
+            there = at.client.load
+
+            async def load(ref: str, path: Path) -> None:
+                if ref == "slow@v1":
+                    loading.set()
+                    await go.wait()
+                await there(ref, path)
+
+            at.client.load = load  # type: ignore[method-assign]
+            slow = folder(at.root, "slow")
+            await asyncio.wait_for(loading.wait(), 5)
+            shutil.rmtree(slow)
+            await at.until("slow@v1", None, 2)
+            folder(at.root, "next")
+            await at.until("next@v1", State.LOADING, 2)
+            go.set()
+            await at.until("next@v1", State.READY)
+            await until(lambda: stub.models == ["base", "next@v1"])
 
     run(task())
 
@@ -561,7 +712,7 @@ def test_a_thousand_adapters(
             await asyncio.wait_for(at.watcher.first_pass.wait(), 60)
             every = time.monotonic() - began
             assert len(at.fleet.askable()) == 1001
-            assert len(list((tmp_path / "copies").iterdir())) <= 32
+            await until(lambda: len(list((tmp_path / "copies").iterdir())) <= 32)
             looks = []
             for _ in range(5):
                 asked = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ def assembled(parts: Parts, host: str = "127.0.0.1", **auth: str) -> FastAPI:
         middleware=[(Guard, {"access": access}), (VoterCookie, {})],
         may_read_metrics=access.has_key,
         login=access.gradio(),
+        still=access.still,
     )
 
 
@@ -96,6 +98,39 @@ def test_a_login_stands_before_the_pages_and_a_key_before_the_endpoint(parts: Pa
         right = client.post("/login", data={"username": "ann", "password": "correct horse"})
         assert right.status_code == 200
         assert client.get("/config").status_code == 200
+
+
+def test_a_login_ends_when_its_account_is_removed(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.LoggedOut, "INTERVAL_S", 0.0)
+    users = tmp_path / "users.txt"
+    for name in ("ann", "bob"):
+        accounts.add(users, name, "correct horse")
+    built = assembled(parts, users=str(users))
+    with TestClient(built, base_url=HOME) as ann, TestClient(built, base_url=HOME) as bob:
+        for name, client in (("ann", ann), ("bob", bob)):
+            client.post("/login", data={"username": name, "password": "correct horse"})
+            assert client.get("/config").status_code == 200
+        accounts.remove(users, "bob")
+        assert bob.get("/config").status_code == 401
+        assert bob.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
+        assert ann.get("/config").status_code == 200
+
+
+def test_bodies_that_are_too_large_are_refused(parts: Parts) -> None:
+    large = b"x" * (web.Bounded.MAX_BYTES + 1)
+    with TestClient(assembled(parts), base_url=HOME) as client:
+        assert client.post("/gradio_api/queue/join", content=large).status_code == 413
+        assert client.post("/gradio_api/queue/join", headers={"Content-Length": "many"}).status_code == 413
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(9):
+                yield large[: len(large) // 8]
+
+        with contextlib.suppress(Exception):  # its sender counts as gone: no answer, or a refusal
+            assert client.post("/gradio_api/queue/join", content=pieces()).status_code >= 400
+        assert client.get("/healthz").status_code == 200
 
 
 def test_another_web_site_cannot_drive_it(parts: Parts) -> None:
