@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from pathlib import PurePath
 from typing import Annotated, Any, Literal, NoReturn, Protocol
 
 from fastapi import APIRouter, Request
@@ -24,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from lit_ft.adapter import Card
 from lit_ft.errors import UserError
+from serve.cards import source_name
 from serve.fleet import Listed
 from serve.limits import TooMuch
 
@@ -227,12 +227,12 @@ def facts(card: Card) -> dict[str, Any]:
         "name": card.name,
         "version": card.version,
         "created": card.created,
-        "base": _name(card.base.id),
+        "base": source_name(card.base.id),
         "algorithm": card.algorithm,
         "peft": card.peft,
         "rank": card.rank,
         "parent": card.parent,
-        "data": [{"source": _name(part.source), "rows": part.rows} for part in card.data],
+        "data": [{"source": source_name(part.source), "rows": part.rows} for part in card.data],
         # A metric that went wrong is no number, and JSON has no word for it.
         "metrics": {name: value if math.isfinite(value) else None for name, value in card.metrics.items()},
     }
@@ -483,8 +483,3 @@ def _no_constant(name: str) -> NoReturn:
 
 def _brief(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-
-
-def _name(source: str) -> str:
-    """A file or folder by its name: where it lies on the server is nobody's business."""
-    return PurePath(source).name if PurePath(source).is_absolute() else source

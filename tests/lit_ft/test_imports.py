@@ -84,7 +84,7 @@ ALLOWED = {
         "serve.limits",
         "serve.metrics",
     ),
-    "serve/api.py": ("lit_ft.adapter", "lit_ft.errors", "serve.fleet", "serve.limits"),
+    "serve/api.py": ("lit_ft.adapter", "lit_ft.errors", "serve.cards", "serve.fleet", "serve.limits"),
     "serve/watcher.py": (
         "lit_ft.adapter",
         "lit_ft.errors",

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from lit_ft import adapter
+from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
+from tests.lit_ft.test_votes import questions, write_store
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +62,8 @@ def test_training_command(
 ) -> None:
     write_files(Path.cwd())
     model = opt_folder if "article" in command else llama_folder
+    if "data=votes" in command:
+        write_store(Path("votes.db"), questions(80), adapter.Base(model.name, model_fingerprint(str(model))))
     local = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()  # its data is on the Hub
     outcome = cli(*shlex.split(alone(command)), f"model.id={model}", *local, *TINY)
     assert outcome.code == 0, outcome.err
