@@ -10,7 +10,7 @@ import gradio as gr
 
 from serve.blocks import Blocks
 from serve.pages import adapters, chat, compare, results
-from serve.pages.parts import QUICK, Parts
+from serve.pages.parts import QUICK, REFRESH, Parts
 from serve.theme import TOGGLE_DARK_JS
 
 SESSIONS = 2000
@@ -40,7 +40,7 @@ def build(title: str, parts: Parts) -> gr.Blocks:
         def on_state() -> str:
             return state_line(parts)
 
-        refresh.click(on_state, None, state, **QUICK)
+        refresh.click(on_state, None, state, **REFRESH)
         page.load(on_state, None, state, **QUICK)
         for load in loads:
             load(page.load)

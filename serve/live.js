@@ -2,7 +2,7 @@
 (() => {
   const INTERVAL_MS = 1000;
   const drawn = () => document.querySelector("#state [data-revision]")?.dataset.revision;
-  const PATIENCE_MS = 5000;
+  const PATIENCE_MS = 2500;
   const JITTER_MS = 700;
   let pressed = "";
   let when = 0;

@@ -13,7 +13,7 @@ from gradio.context import Context
 from lit_ft.errors import UserError
 from serve import cards
 from serve.fleet import Fleet, Served, State, Version
-from serve.pages.parts import QUICK, Parts, notice, told
+from serve.pages.parts import QUICK, REFRESH, Parts, notice, told
 
 HEADERS = ["Version", "State", "Requests", "First token", "Tokens/s", "Trained with", "Published", "Why"]
 WIDTHS = ["120px", "100px", "78px", "62px", "74px", "72px", "96px", "190px"]
@@ -91,7 +91,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     for button, act in ((pin, _pin), (default, _set_default), (retire, _retire)):
         button.click(acting(partial(act, parts.fleet)), chosen, [*seen, line], **QUICK)
     looked = (chosen, [*seen, line])
-    refresh.click(on_refresh, *looked, **QUICK)
+    refresh.click(on_refresh, *looked, **REFRESH)
     if isinstance(tab, gr.Tab):
         # Requests change the figures and not the revision, so the table is drawn anew when it comes into sight.
         tab.select(on_refresh, *looked, **QUICK)

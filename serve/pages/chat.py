@@ -19,6 +19,7 @@ from serve.conversation import Message, Origin, as_typed, for_engine, for_page, 
 from serve.pages.parts import (
     LONGEST_REPLY,
     QUICK,
+    REFRESH,
     STREAMING,
     Parts,
     as_side,
@@ -252,7 +253,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
 
     def look(when: Callable[..., Any]) -> None:
         # In two steps: the second sees what is chosen by then.
-        when(on_refresh, [model, picked, history], model, **QUICK).then(
+        when(on_refresh, [model, picked, history], model, **REFRESH).then(
             on_model, [model, history], [card, newer], **QUICK
         )
 

@@ -21,6 +21,7 @@ from serve.errors import UnknownModelError
 from serve.pages.parts import (
     LONGEST_REPLY,
     QUICK,
+    REFRESH,
     STREAMING,
     Parts,
     as_side,
@@ -399,7 +400,7 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     gr.on([following.click, leave.click], on_next, None, outputs, **QUICK)
     blind.change(on_blind, blind, pickers, **QUICK)
     looked = ([match_state, pool, left, right], [pool, left, right, line])
-    refresh.click(on_refresh, *looked, **QUICK)
+    refresh.click(on_refresh, *looked, **REFRESH)
     return lambda load: load(on_refresh, *looked, **QUICK)
 
 

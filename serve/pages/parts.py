@@ -37,6 +37,8 @@ STREAMING: dict[str, Any] = {
     "api_visibility": "private",
 }
 QUICK: dict[str, Any] = {"concurrency_limit": EVENTS, "show_progress": "hidden", "api_visibility": "private"}
+# What changed while the page was being drawn anew is drawn after that; else the click would count for nothing.
+REFRESH: dict[str, Any] = {**QUICK, "trigger_mode": "always_last"}
 
 
 @dataclass(frozen=True)
