@@ -6,17 +6,21 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serve.client import EngineClient
+from serve.gateway import Gateway
+from serve.limits import Limits
 from serve.pages.parts import Parts
 from tests.e2e.pages import serving
 from tests.e2e.visit import PATIENCE_MS, Visit
 from tests.serve.page_parts import VOTER, made
 from tests.serve.published import adapter
-from tests.serve.stub_engine import Stub, running
+from tests.serve.stub_engine import API_KEY, Stub, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator
@@ -230,10 +234,16 @@ def test_an_open_page_votes_after_the_server_was_started_again(
 ) -> None:
     stub.delay_s, stub.reply = 0.0, REPLY
     before = len(stored(parts))
-    with serving(parts) as own:
+
+    def afresh() -> Parts:
+        """A server has connections of its own, which live in its event loop."""
+        client = EngineClient(stub.base_url, API_KEY)
+        return replace(parts, gateway=Gateway(client, parts.fleet, Limits(), parts.metrics))
+
+    with serving(afresh()) as own:
         duel = Duel(browser, own.url)
         duel.compare("Hello")
-    with serving(parts, port=int(own.url.rpartition(":")[2])):
+    with serving(afresh(), port=int(own.url.rpartition(":")[2])):
         duel.vote("Tie")
         row = stored(parts)[before]
         assert LABELS[row["left_ref"]] in duel.head("left") and LABELS[row["right_ref"]] in duel.head("right")
