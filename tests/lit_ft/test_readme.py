@@ -119,6 +119,7 @@ def test_the_server_starts_with_the_accounts_that_the_commands_make(tmp_path: Pa
     assert found.users is not None and found.users.verify("ann", "correct horse")
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_talk_to_a_server(tmp_path: Path) -> None:
     from tests.serve.published import adapter as made
 

@@ -245,6 +245,7 @@ def test_one_that_does_not_answer_is_not_called_dead(tmp_path: Path, monkeypatch
         assert not subject.dead() and not subject.healthy()
 
 
+@pytest.mark.slow
 def test_a_child_that_ignores_everything_is_killed(tmp_path: Path, stand_in: Any, monkeypatch: Any) -> None:
     stand_in("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER)
     subject = engine(tmp_path)
@@ -279,6 +280,7 @@ def test_a_start_that_takes_too_long_is_stopped(tmp_path: Path, stand_in: Any) -
     assert not subject.alive()
 
 
+@pytest.mark.slow
 def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path: Path, stand_in: Any, monkeypatch: Any) -> None:
     stand_in(SERVER)
     choose = engine_module._free_port

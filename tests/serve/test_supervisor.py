@@ -361,6 +361,7 @@ def ended(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_real_process_that_is_killed_or_stopped(
     tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch, how: signal.Signals

@@ -526,6 +526,7 @@ def whole(path: Path) -> list[str]:
     return [row["ballot"] for row in select(path, "SELECT ballot FROM votes ORDER BY number")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits another process's file sizes")
 def test_a_limit_on_file_sizes_is_told_and_voting_goes_on_after_it(tmp_path: Path) -> None:
     path = tmp_path / "votes.db"
@@ -626,6 +627,7 @@ def test_threads_on_one_ballot_count_one_vote(store: VoteStore) -> None:
     assert len(whole(store.path)) == 1
 
 
+@pytest.mark.slow
 def test_threads_and_processes_voting_at_once(tmp_path: Path) -> None:
     """Eight threads here and two processes beside, on a file that all of them may be the first to make."""
     path = tmp_path / "votes.db"
@@ -672,6 +674,7 @@ def test_many_open_a_new_file_at_once(tmp_path: Path) -> None:
         assert len(whole(path)) == 6
 
 
+@pytest.mark.slow
 def test_kill_9_loses_and_doubles_nothing(tmp_path: Path) -> None:
     path, acknowledged = tmp_path / "votes.db", []
     seed = int(os.environ.get("FAULTS_SEED", time.time_ns() % 100_000))
