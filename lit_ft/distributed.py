@@ -20,6 +20,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 # Above are the batch file's own step, the interactive one and the like.
 _SLURM_SPECIAL_STEPS = 0xFFFFFFF0
+# By these launchers tell a process which of several it is.
+_MARKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks(NamedTuple):
@@ -92,6 +94,24 @@ def join(device_type: str, devices: int, nodes: int, *, alone: bool = False) -> 
         os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
         dist.init_process_group(backend, rank=where.rank, world_size=where.size, timeout=PATIENCE)
     return where
+
+
+@contextmanager
+def marks_removed() -> Iterator[None]:
+    """Take away afterwards what marks this process as one of several where nobody had marked it.
+
+    Lightning sets these variables even for a single process with a strategy for several, and the next run in this
+    process (a sweep's) would take itself for one that a launcher started, and wait for the others.
+    """
+    before = {name: os.environ.get(name) for name in _MARKS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def leave() -> None:

@@ -29,7 +29,17 @@ from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examp
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
 from lit_ft.data.votes import Votes, read_votes
-from lit_ft.distributed import agree, as_in_the_first, first_process_first, greatest, join, leave, lost_another, rank
+from lit_ft.distributed import (
+    agree,
+    as_in_the_first,
+    first_process_first,
+    greatest,
+    join,
+    leave,
+    lost_another,
+    marks_removed,
+    rank,
+)
 from lit_ft.errors import UserError
 from lit_ft.launched import LOST_ANOTHER, end_with_launcher, how_to_go_on, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
@@ -63,7 +73,7 @@ def train(cfg: Config) -> Adapter:
     run = _run_folder()
     devices = check_settings(cfg)
     try:
-        with stopping_on_signals():
+        with stopping_on_signals(), marks_removed():
             end_with_launcher()
             adapter = _train_or_explain(cfg, run, devices)
     except Interrupted as stop:

@@ -189,7 +189,7 @@ async def _run(
         middleware=[(Guard, {"access": access}), *([(VoterCookie, {})] if access.mode == "open" else [])],
         may_read_metrics=access.has_key,
         login=access.gradio(),
-        still=access.still,
+        account=access.account,
     )
     watcher = Watcher(root, fleet, client, rules, say)
     supervisor = Supervisor(engine, client, fleet, snapshots, metrics.engine_restarted, say)

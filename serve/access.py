@@ -104,6 +104,10 @@ class Access:
         """Whether who logged in once still has an account: Gradio's logins last until the server ends."""
         return self.users is None or (user is not None and user in self.users)
 
+    def account(self, user: str) -> object | None:
+        """Changes with the user's password; None where there is no account (any more)."""
+        return user if self.users is None else self.users.get(user)
+
     def trusts(self, peer: str) -> bool:
         """Whether this address is a trusted proxy's."""
         address = _address(peer)

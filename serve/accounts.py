@@ -153,6 +153,10 @@ class Users:
         """Whether the name has an account (still)."""
         return name in self._file.entries()
 
+    def get(self, name: str) -> Password | None:
+        """The hashed password; another one has another salt."""
+        return self._file.entries().get(name)
+
     def verify(self, name: str, password: str) -> bool:
         """Whether this is the password of that name; blocks for a good part of a second, and remembers nothing."""
         stored = self._file.entries().get(name)

@@ -15,6 +15,8 @@ BASE = "Base model"
 
 # `owner/name`, or a name alone; neither begins with a dot.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What a path to data ends in, and no dataset's id does.
+DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|db|sqlite3?)(\.\w{2,3})?", re.IGNORECASE)
 
 # The metrics that a stakeholder can use, in the order shown: what each is called, and whether it is a share. The names
 # are TRL's, after the split; the whole list is in the adapter's model card.
@@ -69,7 +71,7 @@ def date(created: str) -> str:
 
 def source_name(source: str) -> str:
     """A file or folder by its name: where it lies on the server is nobody's business. A Hub id stays whole."""
-    if HUB_ID.fullmatch(source):
+    if HUB_ID.fullmatch(source) and not DATA_FILE.search(source):
         return source
     # Knows both separators; the scheme ends where a file's name may begin.
     return PureWindowsPath(re.sub("^file:", "/", source, flags=re.IGNORECASE)).name or source.strip("/\\")

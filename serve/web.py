@@ -54,22 +54,33 @@ class Inside:
 
 
 class LoggedOut:
-    """ASGI middleware that ends the logins of accounts that are gone: Gradio's own last until the server ends."""
+    """ASGI middleware that ends the logins of accounts that are gone or have another password since.
+
+    Gradio's own last until the server ends.
+    """
 
     INTERVAL_S = 1.0
 
-    def __init__(self, app: ASGIApp, logins: Callable[[], dict[str, str]], still: Callable[[str], bool]) -> None:
-        self._app, self._logins, self._still = app, logins, still
+    def __init__(
+        self, app: ASGIApp, logins: Callable[[], dict[str, str]], account: Callable[[str], object | None]
+    ) -> None:
+        self._app, self._logins, self._account = app, logins, account
         self._looked = -self.INTERVAL_S
+        self._seen: dict[str, object] = {}
+        """The account behind each login, as it was when the login was first seen."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if time.monotonic() - self._looked >= self.INTERVAL_S:
             self._looked = time.monotonic()
-            logins = self._logins()
-            gone = {user for user in set(logins.values()) if not self._still(user)}
-            for token in [token for token, user in logins.items() if user in gone]:
-                del logins[token]
+            self._end()
         await self._app(scope, receive, send)
+
+    def _end(self) -> None:
+        logins = self._logins()
+        now = {user: self._account(user) for user in set(logins.values())}
+        self._seen = {token: self._seen.get(token, now[user]) for token, user in logins.items()}
+        for token in [token for token, user in logins.items() if now[user] is None or now[user] != self._seen[token]]:
+            del logins[token], self._seen[token]
 
 
 class Bounded:
@@ -107,7 +118,7 @@ def assemble(
     may_read_metrics: Callable[[Request], bool] = lambda request: True,
     middleware: Sequence[tuple[type, dict[str, Any]]] = (),
     login: Mapping[str, Any] | None = None,
-    still: Callable[[str], bool] = lambda user: True,
+    account: Callable[[str], object | None] = lambda user: user,
 ) -> FastAPI:
     """All of it as one application.
 
@@ -119,7 +130,7 @@ def assemble(
         may_read_metrics: whether a request may see `/metrics`.
         middleware: ASGI middleware and its arguments, the outermost first.
         login: Gradio's arguments for it (`Access.gradio`); None asks for none.
-        still: whether a user who has logged in still has an account.
+        account: what is known of a user who has logged in; when it changes, or is None, their logins end.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -164,7 +175,7 @@ def assemble(
     )
     gradio: Any = next(route.app for route in app.routes if isinstance(route, Mount))
     if (login or {}).get("auth"):
-        app.add_middleware(LoggedOut, logins=lambda: gradio.tokens, still=still)
+        app.add_middleware(LoggedOut, logins=lambda: gradio.tokens, account=account)
     app.add_middleware(Bounded)
     app.add_middleware(Inside)
     for kind, arguments in reversed(middleware):

@@ -21,6 +21,14 @@ import pytest
 from tests import tiny
 
 
+@pytest.fixture(autouse=True)
+def not_marked_as_one_of_several() -> Iterator[None]:
+    """What a run in this process leaves behind must not make the next one wait for processes that nobody started."""
+    yield
+    left = [name for name in ("LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.pop(name, None)]
+    assert not left, f"left in the environment: {', '.join(left)}"
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return tiny.tokenizer()

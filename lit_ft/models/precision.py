@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,10 +52,15 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision("bf16-mixed", torch.bfloat16, "the GPU computes in bf16")
         return Precision("32-true", torch.float32, "the GPU has no bf16")
-    rates = {dtype: matrix_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
-    fp32, bf16 = rates[torch.float32], rates[torch.bfloat16]
+    fp32, bf16 = _rates(device, torch.get_num_threads())
     measured = f"measured {bf16:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32"
     # Mixed precision adds casts; it has to be clearly faster to pay.
     if bf16 > 1.5 * fp32:
         return Precision("bf16-mixed", torch.bfloat16, measured)
     return Precision("32-true", torch.float32, measured)
+
+
+@functools.cache
+def _rates(device: torch.device, threads: int) -> tuple[float, float]:
+    """GFLOP/s in fp32 and in bf16 with so many threads, measured once per process: the runs of a sweep choose alike."""
+    return matrix_rate(device, torch.float32) / 1e9, matrix_rate(device, torch.bfloat16) / 1e9

@@ -131,3 +131,6 @@ def test_fsdp_on_one_device(cli: Callable[..., Outcome], own_cache: Path, llama_
         losses.append([line for line in done.err.splitlines() if line.startswith("held out")])
     assert len(losses[0]) == 3 and losses[0][1:] == losses[1][1:]
     assert not torch.distributed.is_initialized()
+    # The next run of a sweep, in this process, is not one that a launcher started.
+    refused = cli(*usual, "trainer.num_nodes=2")
+    assert refused.code == 2 and "torchrun" in refused.err

@@ -35,12 +35,24 @@ def test_precision_by_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 has to be half as fast again, not just faster."""
     rates = {torch.float32: 80e9, torch.bfloat16: 119e9}
     monkeypatch.setattr(precision, "matrix_rate", lambda device, dtype: rates[dtype])
+    monkeypatch.setattr(precision, "_rates", precision._rates.__wrapped__)  # not what an earlier run has measured
     slow = choose_precision("auto", CPU)
     assert (slow.trainer, slow.weights) == ("32-true", torch.float32)
     assert slow.why == "measured 119 GFLOP/s in bf16, 80 in fp32"
     rates[torch.bfloat16] = 121e9
     fast = choose_precision("auto", CPU)
     assert (fast.trainer, fast.weights) == ("bf16-mixed", torch.bfloat16)
+
+
+def test_rates_are_measured_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(precision, "matrix_rate", lambda device, dtype: measured.append(dtype) or 1e9)
+    precision._rates.cache_clear()
+    try:
+        assert choose_precision("auto", CPU) == choose_precision("auto", CPU)
+    finally:
+        precision._rates.cache_clear()
+    assert measured == [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture

@@ -328,6 +328,8 @@ def test_everything_in_the_panel_is_escaped(tmp_path: Path) -> None:
         ("./x.jsonl", "x.jsonl"),
         ("~/x.jsonl", "x.jsonl"),
         ("data/secret/x.jsonl", "x.jsonl"),
+        ("secret/x.jsonl", "x.jsonl"),
+        ("secret/x.CSV.gz", "x.CSV.gz"),
         ("file:///srv/secret/x.jsonl", "x.jsonl"),
         ("FILE:/srv/secret/x.jsonl", "x.jsonl"),
         ("file:x.jsonl", "x.jsonl"),

@@ -38,7 +38,7 @@ def assembled(parts: Parts, host: str = "127.0.0.1", **auth: str) -> FastAPI:
         middleware=[(Guard, {"access": access}), (VoterCookie, {})],
         may_read_metrics=access.has_key,
         login=access.gradio(),
-        still=access.still,
+        account=access.account,
     )
 
 
@@ -116,6 +116,26 @@ def test_a_login_ends_when_its_account_is_removed(
         assert bob.get("/config").status_code == 401
         assert bob.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
         assert ann.get("/config").status_code == 200
+
+
+def test_a_login_ends_when_its_password_is_changed(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever knows the old one may be why it was changed."""
+    monkeypatch.setattr(web.LoggedOut, "INTERVAL_S", 0.0)
+    users = tmp_path / "users.txt"
+    for name in ("ann", "bob"):
+        accounts.add(users, name, "correct horse")
+    built = assembled(parts, users=str(users))
+    with TestClient(built, base_url=HOME) as ann, TestClient(built, base_url=HOME) as bob:
+        for name, client in (("ann", ann), ("bob", bob)):
+            client.post("/login", data={"username": name, "password": "correct horse"})
+            assert client.get("/config").status_code == 200
+        accounts.add(users, "bob", "battery staple")
+        assert bob.get("/config").status_code == 401
+        assert ann.get("/config").status_code == 200
+        bob.post("/login", data={"username": "bob", "password": "battery staple"})
+        assert bob.get("/config").status_code == 200
 
 
 def test_bodies_that_are_too_large_are_refused(parts: Parts) -> None:
