@@ -10,7 +10,8 @@ import lightning as L
 
 from lit_ft.data.chat import ChatEncoder
 from lit_ft.data.datamodule import ExamplesDataModule, load_examples
-from lit_ft.models.adapt import apply_lora, save_trained
+from lit_ft.models.adapt import save_trained
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.load import load_model, load_tokenizer
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import SFTModule

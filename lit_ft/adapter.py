@@ -111,6 +111,8 @@ class Card:
     servable: bool
     not_servable_reason: str | None = None
     canary: Canary | None = None
+    converted: str | None = None
+    """What was done to the trained adapter so that it can be served, in words."""
 
     @property
     def ref(self) -> str:
@@ -177,6 +179,7 @@ class Draft:
     servable: bool = True
     not_servable_reason: str | None = None
     canary: Canary | None = None
+    converted: str | None = None
 
 
 def check_name(name: str) -> str:
@@ -414,5 +417,6 @@ def model_card(card: Card) -> str:
         f"published {card.created}, trained from {card.parent or 'the base model'}.\n\n"
         f"## Data\n\n{sources or '- none recorded'}\n\n"
         f"## Held-out metrics\n\n| metric | value |\n| --- | --- |\n{metrics}\n"
+        + (f"\n## Converted\n\n{card.converted}.\n" if card.converted else "")
         + ("" if card.servable else f"\n## Not servable\n\n{card.not_servable_reason}\n")
     )

@@ -55,10 +55,10 @@ def first_lines(
     """What the run is about to do, so that a mistake shows before it costs anything."""
     trained, total = adapt.parameter_counts(model)
     rank = adapt.lora_rank(model)
-    lora = f", LoRA r={rank}" if rank else ""
-    if start is not None and rank != cfg.peft.r:
-        lora += f", as {start.ref} has it"
-    say(f"model      {cfg.model.id}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}{lora})")
+    kind = cfg.peft.kind.value + (f", r={rank}" if rank else "")
+    if start is not None and rank is not None and rank != getattr(cfg.peft, "r", rank):
+        kind += f" as {start.ref} has it"
+    say(f"model      {cfg.model.id}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}; {kind})")
     say(f"start      {f'adapter {start.ref} ({start.card.algorithm})' if start else 'the base model'}")
     say(f"arithmetic {precision.trainer} ({precision.why})")
     say(f"threads    {threads.count} ({threads.why})")

@@ -16,6 +16,13 @@ class Algorithm(Enum):
 
 class Peft(Enum):
     lora = "lora"
+    rslora = "rslora"
+    lora_plus = "lora_plus"
+    dora = "dora"
+    pissa = "pissa"
+    qlora = "qlora"
+    adalora = "adalora"
+    ia3 = "ia3"
     full = "full"
 
 
@@ -72,14 +79,61 @@ class ModelConfig:
 
 @dataclass
 class PeftConfig:
-    kind: Peft = Peft.lora
+    kind: Peft = MISSING
+    learning_rate_factor: float = 1.0
+    """Times algorithm.learning_rate, which is meant for LoRA, is the learning rate of this kind."""
+
+
+@dataclass
+class LoraConfig(PeftConfig):
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: Any = "all-linear"
     """`all-linear`, a regular expression, or a list of names' ends."""
     use_rslora: bool = False
-    """Scale by alpha/√r instead of alpha/r (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Scale by alpha/√r instead of alpha/r."""
+
+
+@dataclass
+class LoraPlusConfig(LoraConfig):
+    loraplus_lr_ratio: float = 16.0
+    """The learning rate of B over that of A."""
+
+
+@dataclass
+class PissaConfig(LoraConfig):
+    niter: int | None = 16
+    """Iterations of the randomised singular value decomposition; null: the exact one, slow for large models."""
+
+
+@dataclass
+class AdaLoraConfig(PeftConfig):
+    init_r: int = 24
+    """Ranks per weight at the beginning."""
+    target_r: int = 16
+    """Ranks per weight, on average, at the end."""
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"
+    tinit: float = 0.1
+    """Steps before the first rank is taken away; below 1: a share of the run's steps."""
+    tfinal: float = 0.3
+    """Steps after the last was taken; below 1: a share."""
+    deltaT: int = 1  # noqa: N815 - PEFT's name
+    """Steps between two allocations."""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    """How strongly singular vectors are held orthogonal."""
+
+
+@dataclass
+class IA3Config(PeftConfig):
+    target_modules: Any = "auto"
+    """`auto` (keys, values, the feed-forward layer's last product), a regular expression, or a list of ends."""
+    feedforward_modules: Any = None
+    """Those of them whose inputs are scaled; null finds them."""
 
 
 @dataclass
@@ -253,6 +307,11 @@ def register_schemas() -> None:
     store.store(name="config_schema", node=Config)
     store.store(group="model", name="model_schema", node=ModelConfig)
     store.store(group="peft", name="peft_schema", node=PeftConfig)
+    store.store(group="peft", name="lora_schema", node=LoraConfig)
+    store.store(group="peft", name="lora_plus_schema", node=LoraPlusConfig)
+    store.store(group="peft", name="pissa_schema", node=PissaConfig)
+    store.store(group="peft", name="adalora_schema", node=AdaLoraConfig)
+    store.store(group="peft", name="ia3_schema", node=IA3Config)
     store.store(group="algorithm", name="sft_schema", node=SFTConfig)
     store.store(group="algorithm", name="dpo_schema", node=DPOConfig)
     store.store(group="data", name="data_schema", node=DataConfig)

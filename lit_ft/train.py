@@ -46,7 +46,8 @@ from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
 from lit_ft.models.canary import canary
-from lit_ft.models.load import check_not_quantized, context_length, load_model, load_tokenizer
+from lit_ft.models.kinds import KINDS, AdapterKind
+from lit_ft.models.load import context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
 from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
@@ -139,7 +140,8 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
     data, val = _examples(cfg, tokenizer, votes)
-    model = _model(cfg, start, precision)
+    kind = _kind(cfg)
+    model = _model(cfg, kind, start, precision)
     begun |= {"model": model, "precision": precision, "max_tokens": max_tokens, "device": device}
     if adapt.is_adapted(model):
         as_in_the_first(p for p in model.parameters() if p.requires_grad)
@@ -174,8 +176,8 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             rank=replica,
             processes=replicas,
         )
-        data, val = _with_reference(cfg, make, data, val, start, base, precision)
-    module = _module(cfg, model)
+        data, val = _with_reference(cfg, kind, make, data, val, start, base, precision)
+    module = _module(cfg, model, kind)
     module.parent = start.ref if start else None
     module.identity = identity
     datamodule = ExamplesDataModule(
@@ -190,7 +192,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     )
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
-    best, stopper, callbacks = make_callbacks(cfg, module, last, validates=val is not None)
+    best, stopper, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
     if cfg.trainer.profile and ranks.rank == 0:
         from lit_ft.callbacks.profile import ProfileSteps
 
@@ -217,22 +219,26 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
 
     metrics = best_metrics(module, best, trainer, datamodule if val else None)
     metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in module.before.items()}
-    reason = "it has random weights (model.tiny)" if cfg.model.tiny else adapt.why_not_servable(module.model)
+    done = kind.published(module.model)
+    if done.converted:
+        say(f"converted  {done.converted}")
+    reason = "it has random weights (model.tiny)" if cfg.model.tiny else adapt.why_not_servable(done.model)
     draft = Draft(
         name=cfg.name,
         base=base,
         algorithm=cfg.algorithm.kind.value,
         peft=cfg.peft.kind.value,
-        rank=adapt.lora_rank(module.model),
+        rank=adapt.lora_rank(done.model),
+        converted=done.converted,
         data=data.sources,
         parent=start.ref if start else None,
         metrics=metrics,
         versions=_versions(),
         servable=reason is None,
         not_servable_reason=reason,
-        canary=_canary(cfg, module.model, tokenizer, precision, device) if reason is None else None,
+        canary=_canary(cfg, done.model, tokenizer, precision, device) if reason is None else None,
     )
-    write = _writer(cfg, module.model, tokenizer, adapt.trained_state(module.model))
+    write = _writer(cfg, done.model, tokenizer, adapt.trained_state(done.model))
     published = agree(lambda: folder.publish(adapters, draft, write))
     if ranks.rank == 0:
         for path in (last, checkpoint_before(last)):
@@ -256,13 +262,11 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
     if cfg.start_from == "none":
         return None
     if cfg.start_from == "auto":
-        if cfg.algorithm.kind is not Algorithm.dpo or cfg.peft.kind is not Peft.lora:
+        if cfg.algorithm.kind is not Algorithm.dpo or cfg.peft.kind in (Peft.full, Peft.pissa):
             return None
         start = _newest(adapters, cfg.name, ("sft", "dpo") if trains_on_votes(cfg) else ("sft",))
     else:
         start = folder.find(adapters, cfg.start_from)
-    if start is not None and start.card.peft != cfg.peft.kind.value:
-        raise UserError(f"start_from: {start.ref} was made with peft={start.card.peft}, not {cfg.peft.kind.value}.")
     if start is not None and not cfg.model.tiny and start.card.base.hash != model_fingerprint(cfg.model.id):
         raise UserError(
             f"{start.ref} was trained on {start.card.base.id}, and model.id={cfg.model.id} is another model. "
@@ -344,33 +348,31 @@ def _examples(cfg: Config, tokenizer: Any, votes: Votes | None) -> tuple[Prepare
     )
 
 
-def _model(cfg: Config, start: Adapter | None, precision: Precision) -> Any:
-    full = cfg.peft.kind is Peft.full
+def _kind(cfg: Config) -> AdapterKind:
+    """The adapter's kind with its settings."""
+    own = {"kind", "learning_rate_factor", "loraplus_lr_ratio"}  # not the adapter's: the optimizer's
+    settings = {key: value for key, value in mapping("peft", cfg.peft).items() if key not in own}
+    return KINDS[cfg.peft.kind.value](**{key: _plain(value) for key, value in settings.items()})
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _model(cfg: Config, kind: AdapterKind, start: Adapter | None, precision: Precision) -> Any:
     model = load_model(
         cfg.model.id,
-        dtype=torch.float32 if full else precision.weights,
+        dtype=torch.float32 if kind.whole_model else precision.weights,
         attention=cfg.model.attention,
         tiny=cfg.model.tiny,
+        four_bits=kind.quantized,
     )
     reach = context_length(model)
     if reach is not None and cfg.data.max_length > reach:
         raise UserError(f"data.max_length={cfg.data.max_length} is beyond the model's context of {reach} tokens.")
     if cfg.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if full:
-        check_not_quantized(model)
-        return adapt.train_all(model)
-    if start is not None:
-        return adapt.continue_adapter(model, start.path, dropout=cfg.peft.dropout)
-    targets = cfg.peft.target_modules
-    return adapt.apply_lora(
-        model,
-        r=cfg.peft.r,
-        alpha=cfg.peft.alpha,
-        dropout=cfg.peft.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=cfg.peft.use_rslora,
-    )
+    return kind.go_on(model, start.path, start.ref) if start is not None else kind.begin(model)
 
 
 def _layout(cfg: Config, model: Any, device: torch.device) -> tuple[Layout, str]:
@@ -393,6 +395,7 @@ def _base_id(model_id: str) -> str:
 
 def _with_reference(
     cfg: Config,
+    kind: AdapterKind,
     make: Callable[..., list[tuple[float, ...]]],
     data: Prepared,
     val: Prepared | None,
@@ -402,8 +405,11 @@ def _with_reference(
 ) -> tuple[Prepared, Prepared | None]:
     """The examples with the reference's log-probabilities, from the cache where it has them, else from `make`."""
     use_base = cfg.algorithm.reference.value == "base"  # type: ignore[attr-defined]
-    if use_base and cfg.peft.kind is Peft.full:
-        raise UserError("algorithm.reference=base with peft=full: there is no base below the trained weights.")
+    if use_base and (kind.whole_model or kind.changes_base):
+        raise UserError(
+            f"algorithm.reference=base with peft={cfg.peft.kind.value}: there is no base below the trained weights. "
+            "Training begins with the base itself, so use algorithm.reference=initial."
+        )
     # A new adapter changes nothing yet, so its reference is the base.
     adapter_hash = None if use_base or start is None else _adapter_hash(start)
     kept = cache_folder() / "reference"
@@ -443,12 +449,14 @@ def _adapter_hash(start: Adapter) -> str:
     return hashlib.sha256(start.card.weights_sha256.encode() + config).hexdigest()
 
 
-def _module(cfg: Config, model: Any) -> Any:
+def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
     from lit_ft.modules import DPOModule, SFTModule
 
     algorithm = cfg.algorithm
     shared: dict[str, Any] = {
-        "learning_rate": algorithm.learning_rate,
+        "learning_rate": algorithm.learning_rate * cfg.peft.learning_rate_factor,
+        "loraplus_lr_ratio": getattr(cfg.peft, "loraplus_lr_ratio", 1.0),
+        "penalty": kind.penalty,
         "lr_scheduler_type": algorithm.lr_scheduler_type,
         "warmup_ratio": algorithm.warmup_ratio,
         "weight_decay": algorithm.weight_decay,

@@ -14,20 +14,23 @@ from lit_ft.checks import SHARDED
 from lit_ft.config import Config, FloatFormat, Strategy
 from lit_ft.distributed import Ranks, agree
 from lit_ft.errors import UserError
+from lit_ft.models.kinds import AdapterKind
 from lit_ft.models.precision import Precision
 from lit_ft.models.score import score_gathered
 from lit_ft.models.shard import shard
 
 
 def make_callbacks(
-    cfg: Config, module: Any, last: Path, *, validates: bool
+    cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool
 ) -> tuple[Any, FinishStepOnSignal, list[Any]]:
     """What keeps the best weights, what watches for signals, and all callbacks, these two among them."""
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+    from lit_ft.callbacks.adapter_kind import BestCheckpoint, FollowKind
     from lit_ft.callbacks.progress_bar import TrainingBar
 
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
+        kind,
         dirpath=last.parent,
         filename="best",
         monitor=module.monitor if validates else None,
@@ -45,7 +48,7 @@ def make_callbacks(
         enable_version_counter=False,
     )
     stopper = FinishStepOnSignal(last)
-    callbacks: list[Any] = [best, regular, stopper]
+    callbacks: list[Any] = [FollowKind(kind), best, regular, stopper]
     if cfg.trainer.progress:
         callbacks.append(TrainingBar())
     if cfg.trainer.early_stopping is not None:

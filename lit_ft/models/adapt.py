@@ -1,95 +1,15 @@
-"""Making a model trainable: new LoRA adapters, those of a published adapter, or all of its weights."""
+"""What is asked of an adapted model, whatever the kind: its parts, its size, its files, whether vLLM serves it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_ft.errors import UserError
-from lit_ft.models.lora import use_fused_lora
-
 # vLLM's maximum ranks; publishing records a rank above the last as not servable.
 MAX_SERVABLE_RANK = 512
-
-
-def apply_lora(
-    model: Any,
-    *,
-    r: int = 16,
-    alpha: int = 32,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    use_rslora: bool = False,
-) -> Any:
-    """Wrap `model` with a new LoRA adapter (Hu et al. 2021, arXiv:2106.09685), in float32, everything else frozen.
-
-    Raises:
-        UserError: no module's name matches `target_modules`.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        use_rslora=use_rslora,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-    )
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(
-            f"peft.target_modules={target_modules} matches nothing in {type(model).__name__} "
-            f"({str(error).splitlines()[0]}). Its linear modules are {', '.join(linear)}."
-        ) from error
-    use_fused_lora(adapted)
-    return _float32(adapted)
-
-
-def continue_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> Any:
-    """Wrap `model` with a published adapter and go on training it.
-
-    Raises:
-        UserError: its weights do not belong to this model.
-    """
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    if dropout is not None and hasattr(config, "lora_dropout"):
-        config.lora_dropout = dropout
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The adapter in {folder} does not fit the model ({str(error).splitlines()[0]}). "
-            "Choose the model it was trained on, or start_from=none."
-        ) from error
-    use_fused_lora(adapted)
-    return _float32(adapted)
-
-
-def train_all(model: Any) -> Any:
-    """Full fine-tuning: every weight trained, in float32."""
-    model = model.float()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
-
-
-def _float32(model: Any) -> Any:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
 
 
 def is_adapted(model: Any) -> bool:
@@ -187,6 +107,6 @@ def why_not_servable(model: Any) -> str | None:
 
 
 def lora_rank(model: Any) -> int | None:
-    """The rank of the model's LoRA adapter, or None if it has none."""
+    """The rank of the model's LoRA adapter, of AdaLoRA the one it begins with; None if it has none."""
     config = next(iter(model.peft_config.values())) if is_adapted(model) else None
-    return getattr(config, "r", None)
+    return getattr(config, "init_r", None) or getattr(config, "r", None)

@@ -34,6 +34,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     tiny: bool = False,
+    four_bits: bool = False,
 ) -> Any:
     """The model in `dtype`, without dropout changes, on the CPU.
 
@@ -43,9 +44,11 @@ def load_model(
         attention: transformers' `attn_implementation`; `flash_attention_2` falls back to SDPA where it is missing.
         tiny: keep the architecture and the vocabulary but make it two narrow layers with random weights, so that a
             configuration can be tried in seconds (`debug` runs and tests).
+        four_bits: keep the linear layers' weights in 4 bits (NF4, its constants quantized too) and compute in `dtype`.
 
     Raises:
-        UserError: it cannot be reached, or is no causal language model.
+        UserError: it cannot be reached, or is no causal language model; or bitsandbytes is missing or does not run
+            here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -53,16 +56,36 @@ def load_model(
     where = resolve_model(model_id)
     if attention == "flash_attention_2" and not _has_flash_attention():
         attention = "sdpa"
+    quantization = _four_bits(dtype) if four_bits else None
     logging.disable_progress_bar()
     try:
         if tiny:
             config = shrink(AutoConfig.from_pretrained(where))
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, attn_implementation=attention, quantization_config=quantization
+        )
     except (OSError, ValueError) as error:
         raise unreachable(model_id, error) from error
     finally:
         logging.enable_progress_bar()
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """QLoRA's format (Dettmers et al. 2023, arXiv:2305.14314, section 3); raises UserError where it cannot be had."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "peft=qlora keeps the base in 4 bits with bitsandbytes, which is not installed: pip install bitsandbytes. "
+            "Without it, peft=lora model.gradient_checkpointing=true takes the least memory."
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_config(model_id: str, tiny: bool = False) -> Any:

@@ -45,6 +45,8 @@ class FineTuneModule(L.LightningModule, ABC):
         lr_scheduler_type: a name that transformers' `get_scheduler` knows.
         warmup_ratio: share of all steps in which the rate rises linearly from 0.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        loraplus_lr_ratio: the learning rate of LoRA's B over that of everything else (LoRA+, arXiv:2402.12354).
+        penalty: of the model, added to the loss once per optimizer step, or None there.
     """
 
     monitor: ClassVar[str] = "eval/loss"
@@ -63,6 +65,8 @@ class FineTuneModule(L.LightningModule, ABC):
         adam_beta2: float = 0.999,
         adam_epsilon: float = 1e-8,
         max_grad_norm: float = 1.0,
+        loraplus_lr_ratio: float = 1.0,
+        penalty: Callable[[Any], Tensor | None] = lambda model: None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -75,6 +79,8 @@ class FineTuneModule(L.LightningModule, ABC):
         self.adam_betas = (adam_beta1, adam_beta2)
         self.adam_epsilon = adam_epsilon
         self.max_grad_norm = max_grad_norm
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.penalty = penalty
         self.num_tokens = 0
         # The adapter that training began with (`name@vN`), kept in checkpoints so that a resume begins with it too.
         self.parent: str | None = None
@@ -113,6 +119,7 @@ class FineTuneModule(L.LightningModule, ABC):
         total = getattr(window, self.normalised_by)
         replicas = self._replicas()
         sums: Sums = {}
+        penalties: dict[str, float] = {}
         for number, batch in enumerate(window.batches):
             counted = number < len(window.batches) - window.fillers
             last = number == len(window.batches) - 1
@@ -120,7 +127,10 @@ class FineTuneModule(L.LightningModule, ABC):
                 self._note(batch)
                 step = self.step(batch, total)
                 # Strategies average gradients over processes, but `total` already counts all of them.
-                self.manual_backward(step.loss * (replicas if counted else 0))
+                loss = step.loss * (replicas if counted else 0)
+                if last and (penalty := self.penalty(self.model)) is not None:
+                    loss, penalties = loss + penalty, {"penalty": float(penalty.detach())}
+                self.manual_backward(loss)
             _add(sums, {**step.sums, "loss": (step.loss, 0), "tokens": (torch.tensor(float(batch.tokens)), 0)}, counted)
         sums = self._over_processes(sums)
         norm = self._clip()
@@ -131,7 +141,7 @@ class FineTuneModule(L.LightningModule, ABC):
             scheduler.step()
         self.num_tokens += int(sums.pop("tokens")[0])
         values = {key: (value / count if count else value) for key, (value, count) in sums.items()}
-        values |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": float(self.num_tokens)}
+        values |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": float(self.num_tokens), **penalties}
         self.log_dict({f"train/{key}": float(value) for key, value in values.items()})
 
     def _note(self, batch: Batch) -> None:
@@ -182,9 +192,19 @@ class FineTuneModule(L.LightningModule, ABC):
         """AdamW over the trained weights, with a schedule over the run's real number of steps."""
         from transformers import get_scheduler
 
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for _, p in trained]}]
+        if self.loraplus_lr_ratio != 1:
+            faster = {name for name, _ in trained if ".lora_B." in name}
+            groups = [
+                {"params": [p for name, p in trained if name not in faster]},
+                {
+                    "params": [p for name, p in trained if name in faster],
+                    "lr": self.learning_rate * self.loraplus_lr_ratio,
+                },
+            ]
         optimizer = torch.optim.AdamW(
-            trained, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_epsilon, weight_decay=self.weight_decay
+            groups, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_epsilon, weight_decay=self.weight_decay
         )
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.warmup_ratio * steps)

@@ -187,7 +187,7 @@ def measure(settings: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from lit_ft.allocator import keep_freed_memory
     from lit_ft.callbacks.interrupt import FinishStepOnSignal
     from lit_ft.data.datamodule import ExamplesDataModule
-    from lit_ft.models.adapt import apply_lora
+    from lit_ft.models.kinds.lora import apply_lora
     from lit_ft.models.score import use_packed_attention
     from lit_ft.models.shard import bytes_held
     from lit_ft.modules import DPOModule, SFTModule

@@ -108,7 +108,8 @@ def make_adapters(root: Path) -> list[Adapter]:
     import torch
 
     from lit_ft.adapter import Base, DataSource, Draft, publish
-    from lit_ft.models.adapt import apply_lora, save_trained
+    from lit_ft.models.adapt import save_trained
+    from lit_ft.models.kinds.lora import apply_lora
     from lit_ft.models.load import load_model
     from lit_ft.models.resolve import model_fingerprint
 

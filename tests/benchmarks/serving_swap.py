@@ -123,8 +123,9 @@ def prepare(root: Path, count: int, std: float = SPREAD) -> list[Prepared]:
     import torch
 
     from lit_ft.adapter import Base, DataSource, Draft
-    from lit_ft.models.adapt import apply_lora, save_trained
+    from lit_ft.models.adapt import save_trained
     from lit_ft.models.canary import canary
+    from lit_ft.models.kinds.lora import apply_lora
     from lit_ft.models.load import load_model, load_tokenizer
     from lit_ft.models.resolve import model_fingerprint
 

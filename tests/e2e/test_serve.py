@@ -23,7 +23,8 @@ def publish_adapters(root: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from lit_ft.models.adapt import apply_lora, save_trained
+    from lit_ft.models.adapt import save_trained
+    from lit_ft.models.kinds.lora import apply_lora
     from lit_ft.models.load import load_model, load_tokenizer
     from lit_ft.models.resolve import model_fingerprint
 

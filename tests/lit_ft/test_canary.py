@@ -13,8 +13,9 @@ import torch
 
 from lit_ft import adapter
 from lit_ft.adapter import Adapter, AdapterError, Canary, find, publish, read
-from lit_ft.models.adapt import apply_lora, causal_lm
+from lit_ft.models.adapt import causal_lm
 from lit_ft.models.canary import TEXT, canary
+from lit_ft.models.kinds.lora import apply_lora
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft.test_adapter import draft, write

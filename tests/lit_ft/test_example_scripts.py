@@ -32,7 +32,8 @@ def test_script_trains_an_adapter(script: str, tmp_path: Path, llama_folder: Pat
 def test_answers_of_base_and_adapters(tmp_path: Path, llama_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lit_ft.models.adapt import apply_lora, save_trained
+    from lit_ft.models.adapt import save_trained
+    from lit_ft.models.kinds.lora import apply_lora
 
     save_trained(apply_lora(AutoModelForCausalLM.from_pretrained(llama_folder)), tmp_path / "my-adapter")
     done = subprocess.run(

@@ -46,6 +46,7 @@ ALLOWED = {
         "lit_ft.errors",
     ),
     "lit_ft/callbacks": (
+        "lit_ft.models.kinds",
         "lit_ft.progress",
         "lit_ft.batches",
         "lit_ft.distributed",

@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_ft.batches import Batch, Completion, Example, pack, pad
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
 from lit_ft.losses.logprobs import sum_by_completion
-from lit_ft.models import adapt
 from lit_ft.models.attention import flash_cpu
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import completion_logprobs, score, use_packed_attention
 from tests import tiny
 
@@ -448,7 +448,7 @@ def test_mixed_precision_packed_is_as_exact_as_padded(checkpointing: bool) -> No
 
     bf16 keeps 8 bits, so both are off by about a hundredth; the packed way may not be off by much more.
     """
-    exact = adapt.apply_lora(tiny.model("llama"), r=4, alpha=8, dropout=0.0)
+    exact = apply_lora(tiny.model("llama"), r=4, alpha=8, dropout=0.0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in exact.named_parameters():
         if "lora_" in name:

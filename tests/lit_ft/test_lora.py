@@ -16,7 +16,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from lit_ft.models import lora
-from lit_ft.models.adapt import apply_lora, continue_adapter, save_trained
+from lit_ft.models.adapt import save_trained
+from lit_ft.models.kinds.lora import Lora, apply_lora
 from tests import tiny
 
 # The linear layers of the tiny models' two blocks: q, k, v, o, gate, up, down; OPT has two in its MLP and GPT-2 one
@@ -383,7 +384,7 @@ def test_names_and_saved_files(tmp_path: Path, fused: Callable[[], int]) -> None
     assert_close(results(loaded), wanted)
     assert fused() == 0
 
-    continued = continue_adapter(tiny.model(), tmp_path).train()
+    continued = Lora().go_on(tiny.model(), tmp_path, "support@v1").train()
     assert_equal(results(continued), wanted)
     assert fused() == LAYERS["llama"]
 

@@ -17,7 +17,9 @@ from lit_ft.batches import Completion, Example, Window, pack
 from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.data.packing import Layout
 from lit_ft.errors import UserError
-from lit_ft.models.adapt import apply_lora, causal_lm, train_all
+from lit_ft.models.adapt import causal_lm
+from lit_ft.models.kinds.full import train_all
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import DPOModule, SFTModule
 from lit_ft.reference import attach, reference_logprobs

@@ -12,7 +12,7 @@ import torch
 
 from lit_ft.batches import Completion, Example
 from lit_ft.data.packing import Layout
-from lit_ft.models.adapt import apply_lora
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
 from tests import tiny

@@ -141,5 +141,5 @@ def test_ctrl_c_before_training_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_dpo_keeps_the_rank_of_the_adapter_it_goes_on_from(run: Run) -> None:
     assert run("peft.r=4", "trainer.max_steps=1").code == 0
     outcome = run("+experiment=dpo", "trainer.max_steps=1")
-    assert outcome.code == 0 and "LoRA r=4, as support@v1 has it" in outcome.err
+    assert outcome.code == 0 and "r=4 as support@v1 has it" in outcome.err
     assert adapter.find(Path("adapters"), "support@v2").card.rank == 4

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from lit_ft.batches import Batch, Completion, Example, pack
 from lit_ft.losses.sft import sft_loss
-from lit_ft.models.adapt import apply_lora, causal_lm, train_all
+from lit_ft.models.adapt import causal_lm
+from lit_ft.models.kinds.full import train_all
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import score, score_gathered, use_packed_attention
 from lit_ft.models.shard import bytes_held, clip_grad_norm, decoder_layers, shard, synchronising
 from lit_ft.models.tensor_parallel import why_not_divisible

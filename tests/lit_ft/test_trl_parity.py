@@ -20,7 +20,7 @@ from lit_ft.data.chat import ChatEncoder
 from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.data.formats import Kind, Record, to_record
 from lit_ft.data.packing import Layout
-from lit_ft.models.adapt import apply_lora
+from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import DPOModule, SFTModule
 from lit_ft.reference import attach, reference_logprobs
