@@ -38,11 +38,12 @@ async def objection(client: Scores, adapter: Adapter, base_name: str, known: dic
     """
     canary = adapter.card.canary
     tokens = tuple(canary.tokens) if canary else FALLBACK_TOKENS
-    if tokens not in known:
-        known[tokens] = await client.logprobs(base_name, tokens)
+    base = known.get(tokens) or await client.logprobs(base_name, tokens)
+    if all(map(math.isfinite, base)):
+        known[tokens] = base
     served = await client.logprobs(adapter.ref, tokens)
     recorded = (canary.logprobs, canary.base_logprobs) if canary else None
-    return judge(served, known[tokens], recorded)
+    return judge(served, base, recorded)
 
 
 def judge(
@@ -58,6 +59,8 @@ def judge(
     """
     if not all(map(math.isfinite, served)):
         return "With it the engine computes numbers that are not finite (NaN or infinite): its weights are broken."
+    if not all(map(math.isfinite, base)):
+        return "Without any adapter the engine computes numbers that are not finite, so this one cannot be checked."
     if apart(served, base) <= SAME:
         return (
             "The engine computes with it exactly what it computes without it: none of its layers took effect, or its "

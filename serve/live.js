@@ -3,7 +3,6 @@
   const INTERVAL_MS = 1000;
   const drawn = () => document.querySelector("#state [data-revision]")?.dataset.revision;
   const PATIENCE_MS = 2500;
-  const JITTER_MS = 700;
   let pressed = "";
   let when = 0;
   const look = async () => {
@@ -17,8 +16,8 @@
       if (String(revision) !== drawn() && (String(revision) !== pressed || now - when > PATIENCE_MS)) {
         pressed = String(revision);
         when = now;
-        // Not all pages at once.
-        setTimeout(() => document.querySelector("#refresh")?.click(), Math.random() * JITTER_MS);
+        // Pages were opened at different moments, so they do not all ask at once.
+        document.querySelector("#refresh")?.click();
       }
     } catch {
       // The server is away: the page's own events say so.

@@ -141,19 +141,21 @@ async def _session(url: str, number: int, options: argparse.Namespace, seen: See
         page = Page(http, url)
         polling: asyncio.Task[None] | None = None
         try:
-            began = time.monotonic()
-            seen.loads += await page.load()
-            seen.pages_s.append(time.monotonic() - began)
-            polling = asyncio.create_task(_poll(page, seen))
-            for turn in range(options.messages):
-                await asyncio.sleep(chance.uniform(0, 2 * options.pause))
-                await _chat(page, f"Question {turn} of session {number}?", seen)
-        except Exception as error:
-            seen.errors[f"{type(error).__name__}: {error}"[:200]] += 1
-        finally:
-            await asked.wait()
+            try:
+                began = time.monotonic()
+                seen.loads += await page.load()
+                seen.pages_s.append(time.monotonic() - began)
+                polling = asyncio.create_task(_poll(page, seen))
+                for turn in range(options.messages):
+                    await asyncio.sleep(chance.uniform(0, 2 * options.pause))
+                    await _chat(page, f"Question {turn} of session {number}?", seen)
+            except Exception as error:
+                seen.errors[f"{type(error).__name__}: {error}"[:200]] += 1
+            await asked.wait()  # not where the whole is being stopped: the others will not come
             if polling is not None:
                 await _catch_up(page, seen)
+        finally:
+            if polling is not None:
                 polling.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await polling

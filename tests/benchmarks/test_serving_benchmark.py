@@ -350,6 +350,7 @@ def test_pages_and_votes_at_a_small_size() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.alone
 def test_swapping_at_a_small_size() -> None:
     found, _ = benchmark("--only", "swap", "--seconds", "15", "--clients", "3", "--versions", "2", "--tokens", "12")
     assert found["swap"]["requests"] > 3

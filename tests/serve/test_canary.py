@@ -45,6 +45,7 @@ def test_the_same_as_the_base_is_no_adapter() -> None:
 def test_numbers_that_are_not_finite(value: float) -> None:
     assert "not finite" in judge([*TRAINED[:3], value], BASE, (TRAINED, BASE))
     assert "not finite" in judge([*TRAINED[:3], value], BASE)
+    assert "Without any adapter" in judge(TRAINED, [*BASE[:3], value], (TRAINED, BASE))
 
 
 def test_the_tolerance_is_of_rounding_and_a_share_of_the_effect() -> None:
