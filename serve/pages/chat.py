@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -16,6 +15,7 @@ import gradio as gr
 from lit_ft.errors import UserError
 from serve.client import Timing
 from serve.conversation import Message, Origin, as_typed, for_engine, for_page, literal, up_to_question
+from serve.pace import Pace
 from serve.pages.parts import (
     LONGEST_REPLY,
     QUICK,
@@ -274,7 +274,7 @@ async def replies(
     seed: str,
 ) -> AsyncGenerator[list[Message], None]:
     """The conversation as the reply to its last message grows. Closing this aborts the request to the engine."""
-    text, drawn = "", 0.0
+    text, pace = "", Pace(REDRAW_S)
     timing: Timing | None = None
     reason = ""
     ref = parts.fleet.resolve(model)
@@ -287,9 +287,9 @@ async def replies(
             text += delta.text
             timing = delta.timing or timing
             reason = delta.finish_reason or reason
-            if delta.text and time.monotonic() - drawn >= REDRAW_S:
-                drawn = time.monotonic()
-                yield [*asked, replace(reply, text=text)]
+            if delta.text and pace.wait_s <= 0:
+                with pace.drawing():
+                    yield [*asked, replace(reply, text=text)]
     yield [*asked, replace(reply, text=text, note=how_it_went(timing, reason), streamed=text)]
 
 

@@ -18,6 +18,7 @@ from serve import votes
 from serve.client import Timing
 from serve.conversation import Message, for_engine, for_page
 from serve.errors import UnknownModelError
+from serve.pace import Pace
 from serve.pages.parts import (
     LONGEST_REPLY,
     QUICK,
@@ -464,16 +465,18 @@ async def both(
                 )
 
     tasks = [asyncio.ensure_future(fill(side)) for side in (0, 1)]
-    drawn = list(halves)
+    drawn, pace = list(halves), Pace(REDRAW_S)
     try:
         pending = set(tasks)
         while pending:
-            done, pending = await asyncio.wait(tasks, timeout=REDRAW_S, return_when=asyncio.FIRST_EXCEPTION)
+            wait_s = max(pace.wait_s, REDRAW_S / 2)
+            done, pending = await asyncio.wait(tasks, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
             if not pending or halves != drawn:
                 drawn = list(halves)
-                yield halves[0], halves[1]
+                with pace.drawing():
+                    yield halves[0], halves[1]
     finally:
         for task in tasks:
             task.cancel()

@@ -30,6 +30,14 @@ ALLOWED = {
         "lit_ft.machine",
         "lit_ft.progress",
     ),
+    "lit_ft/exporting": (
+        "lit_ft.exporting",
+        "lit_ft.models",
+        "lit_ft.adapter",
+        "lit_ft.errors",
+        "lit_ft.progress",
+    ),
+    "lit_ft/export.py": ("lit_ft.cli", "lit_ft.errors", "lit_ft.exporting"),
     "lit_ft/reference.py": (
         "lit_ft.batches",
         "lit_ft.data.packing",
@@ -106,6 +114,7 @@ ALLOWED = {
         "serve.fleet",
         "serve.gateway",
         "serve.metrics",
+        "serve.pace",
         "serve.pages",
         "serve.ranking",
         "serve.stopping",
