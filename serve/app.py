@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import os
+from itertools import islice
 from typing import Any
 
 import gradio as gr
 
 from serve.blocks import Blocks
 from serve.pages import adapters, chat, compare, results
-from serve.pages.parts import QUICK, REFRESH, Parts
+from serve.pages.parts import QUICK, REFRESH, Look, Parts
 from serve.theme import TOGGLE_DARK_JS
 
 SESSIONS = 2000
@@ -31,19 +32,29 @@ def build(title: str, parts: Parts) -> gr.Blocks:
             dark = gr.Button("◐", elem_id="dark", variant="secondary", size="sm")
         # Pressed by live.js when the server has changed; never seen.
         refresh = gr.Button("refresh", elem_id="refresh", visible="hidden")
-        loads = []
+        looks: list[Look] = []
         with gr.Tabs(elem_id="pages"):
             for name, module in (("Chat", chat), ("Compare", compare), ("Adapters", adapters), ("Results", results)):
                 with gr.Tab(name, id=name.lower()):
-                    loads.append(module.build(parts, refresh))
+                    if look := module.build(parts):
+                        looks.append(look)
 
-        def on_state() -> str:
-            return state_line(parts)
+        # One event for all pages: what an event costs the server is mostly not what it draws.
+        async def on_look(request: gr.Request, *values: Any) -> dict[Any, Any]:
+            updates: dict[Any, Any] = {state: state_line(parts)}
+            given = iter(values)
+            for look in looks:
+                updates |= await look.draw(request, *islice(given, len(look.inputs)))
+            return updates
 
-        refresh.click(on_state, None, state, **REFRESH)
-        page.load(on_state, None, state, **QUICK)
-        for load in loads:
-            load(page.load)
+        inputs = [part for look in looks for part in look.inputs]
+        outputs = [state, *(part for look in looks for part in look.outputs)]
+        for looked in (
+            refresh.click(on_look, inputs, outputs, **REFRESH),
+            page.load(on_look, inputs, outputs, **QUICK),
+        ):
+            for look in looks:
+                look.then(looked.then)
         dark.click(None, js=TOGGLE_DARK_JS)
     # Also the events that Gradio makes itself, to give each session its own State.
     for event in page.fns.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -20,6 +20,10 @@ class Stop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stop:
+        """A session's own: Gradio copies what a page begins with."""
+        return Stop()
 
     def _reset(self) -> None:
         self.asked = asyncio.Event()

@@ -205,6 +205,9 @@ async def listening(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
         port=port,
         log_level="warning",
         access_log=False,
+        # Longer than pages and clients wait between two requests: what is sent on a connection that is being closed
+        # would have to be sent again, and may have been heard the first time.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE_S,
         # The proxy of `auth.header` is judged by the address of the connection itself.
         proxy_headers=False,

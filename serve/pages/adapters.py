@@ -13,7 +13,7 @@ from gradio.context import Context
 from lit_ft.errors import UserError
 from serve import cards
 from serve.fleet import Fleet, Served, State, Version
-from serve.pages.parts import QUICK, REFRESH, Parts, notice, told
+from serve.pages.parts import QUICK, Look, Parts, notice, told
 
 HEADERS = ["Version", "State", "Requests", "First token", "Tokens/s", "Trained with", "Published", "Why"]
 WIDTHS = ["120px", "100px", "78px", "62px", "74px", "72px", "96px", "190px"]
@@ -21,8 +21,8 @@ WIDTHS = ["120px", "100px", "78px", "62px", "74px", "72px", "96px", "190px"]
 READ_ONLY = "Only those whom this server's configuration names (auth.admins) may change what is served."
 
 
-def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
-    """The page's components and events, in the Blocks and Tab that are open; returns the hook for a page's load."""
+def build(parts: Parts) -> Look:
+    """The page's components and events, in the Blocks and Tab that are open; returns what `app` has it draw."""
     tab = Context.block
     chosen = gr.State("")
     with gr.Row():
@@ -90,12 +90,15 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     table.select(on_select, None, [chosen, card, pin, default, retire, line], **QUICK)
     for button, act in ((pin, _pin), (default, _set_default), (retire, _retire)):
         button.click(acting(partial(act, parts.fleet)), chosen, [*seen, line], **QUICK)
-    looked = (chosen, [*seen, line])
-    refresh.click(on_refresh, *looked, **REFRESH)
+    looked = [*seen, line]
     if isinstance(tab, gr.Tab):
         # Requests change the figures and not the revision, so the table is drawn anew when it comes into sight.
-        tab.select(on_refresh, *looked, **QUICK)
-    return lambda load: load(on_refresh, *looked, **QUICK)
+        tab.select(on_refresh, chosen, looked, **QUICK)
+
+    async def draw(request: gr.Request, ref: str) -> dict[Any, Any]:
+        return dict(zip(looked, await on_refresh(ref, request), strict=True))
+
+    return Look(draw, [chosen], looked)
 
 
 def rows(parts: Parts) -> list[list[str]]:

@@ -21,6 +21,7 @@ from serve.pages.parts import (
     QUICK,
     REFRESH,
     STREAMING,
+    Look,
     Parts,
     as_side,
     how_it_went,
@@ -38,17 +39,13 @@ logger = logging.getLogger(__name__)
 REDRAW_S = 0.05
 
 
-def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
-    """The page's components and events, in the Blocks and Tab that are open.
-
-    Returns what `app` calls at a page's load, with its inputs and outputs; `refresh` does the same when something
-    that the server serves has changed.
-    """
+def build(parts: Parts) -> Look:
+    """The page's components and events, in the Blocks and Tab that are open; returns what `app` has it draw."""
     room_for_all()
     fleet = parts.fleet
-    # Callables: every session gets its own.
-    history = gr.State(list)
-    stop = gr.State(Stop)
+    # Every session gets a copy. A callable would do as well, in an event of its own at each load.
+    history = gr.State([])
+    stop = gr.State(Stop())
     picked = gr.State(False)  # whether the person chose the model, rather than the page
     with gr.Row():
         with gr.Column(scale=7, min_width=320, elem_id="talk"):
@@ -251,15 +248,16 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     model.change(on_model, [model, history], [card, newer], **QUICK)
     model.input(lambda: True, None, picked, **QUICK)
 
-    def look(when: Callable[..., Any]) -> None:
-        # In two steps: the second sees what is chosen by then.
-        when(on_refresh, [model, picked, history], model, **REFRESH).then(
-            on_model, [model, history], [card, newer], **QUICK
-        )
+    looked = [model, picked, history]
 
-    look(refresh.click)
-    look(cleared.then)
-    return look
+    async def draw(request: gr.Request, *values: Any) -> dict[Any, Any]:
+        return {model: await on_refresh(*values)}
+
+    def then(when: Callable[..., Any]) -> None:
+        when(on_model, [model, history], [card, newer], **QUICK)
+
+    then(cleared.then(on_refresh, looked, model, **REFRESH).then)
+    return Look(draw, looked, [model], then)
 
 
 async def replies(

@@ -22,8 +22,8 @@ from serve.pace import Pace
 from serve.pages.parts import (
     LONGEST_REPLY,
     QUICK,
-    REFRESH,
     STREAMING,
+    Look,
     Parts,
     as_side,
     how_it_went,
@@ -96,10 +96,10 @@ class Half:
     reason: str = ""
 
 
-def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
+def build(parts: Parts) -> Look:
     """The page's components and events; see `serve.pages.chat.build`."""
     match_state = gr.State(None)
-    stop = gr.State(Stop)
+    stop = gr.State(Stop())
     # Not in a gr.State: a page that was open while the server was started again can still vote.
     ballot = gr.Textbox("", label="Ballot", elem_id="ballot-id", visible="hidden")
     with gr.Column(elem_id="duel"):
@@ -400,9 +400,11 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
     on.click(on_continue, match_state, outputs, **QUICK)
     gr.on([following.click, leave.click], on_next, None, outputs, **QUICK)
     blind.change(on_blind, blind, pickers, **QUICK)
-    looked = ([match_state, pool, left, right], [pool, left, right, line])
-    refresh.click(on_refresh, *looked, **REFRESH)
-    return lambda load: load(on_refresh, *looked, **QUICK)
+
+    async def draw_lists(request: gr.Request, *values: Any) -> dict[Any, Any]:
+        return dict(await on_refresh(*values))
+
+    return Look(draw_lists, [match_state, pool, left, right], [pool, left, right, line])
 
 
 def begin(parts: Parts, blind: bool, pool: Sequence[str], left: str | None, right: str | None) -> Match:

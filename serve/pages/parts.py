@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,20 @@ STREAMING: dict[str, Any] = {
 QUICK: dict[str, Any] = {"concurrency_limit": EVENTS, "show_progress": "hidden", "api_visibility": "private"}
 # What changed while the page was being drawn anew is drawn after that; else the click would count for nothing.
 REFRESH: dict[str, Any] = {**QUICK, "trigger_mode": "always_last"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a page draws at its load and when the server has changed; `app` draws all pages in one event."""
+
+    draw: Callable[..., Awaitable[dict[Any, Any]]]
+    """Gets the request and then the inputs' values; returns updates by component."""
+
+    inputs: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+
+    then: Callable[[Callable[..., Any]], Any] = lambda when: None
+    """Attaches what comes after it, in an event of its own, which sees what is chosen by then."""
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ HOW_TO_VOTE = (
 NOTHING_FITS = "<div class='empty'><h3>No votes fit these filters</h3><p>Remove one of them to see more.</p></div>"
 
 
-def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
-    """The page's components and events; see `serve.pages.chat.build`."""
+def build(parts: Parts) -> None:
+    """The page's components and events; the results are drawn when their tab is opened."""
     tab = Context.block
     with gr.Row(elem_id="filters"):
         models = gr.Dropdown(
@@ -123,8 +123,6 @@ def build(parts: Parts, refresh: gr.Button) -> Callable[..., Any]:
         tab.select(on_show, *shown, **QUICK)
     for button, paired in ((pairs, True), (thumbs, False)):
         button.click(exporting(paired), chosen, [file, line], **QUICK).then(None, file, None, js=DOWNLOAD_JS)
-    # Nothing at a page's load: the results are drawn when their tab is opened.
-    return lambda load: None
 
 
 def read_filters(

@@ -44,7 +44,7 @@ class Session:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         with gr.Blocks() as page:
-            adapters.build(parts, gr.Button())
+            self.look = adapters.build(parts)
         ids = {block._id: block.elem_id for block in page.blocks.values()}
         # Three buttons share one function's name: they are told apart by what triggers them.
         self.events: dict[str, Any] = {
@@ -70,8 +70,7 @@ class Session:
         self.line = line["value"]
 
     async def refresh(self) -> None:
-        refresh = next(fn for fn in self.events.values() if fn.__name__ == "on_refresh")
-        rows, *panel, line = await refresh(self.chosen, None)
+        rows, *panel, line = (await self.look.draw(None, self.chosen)).values()
         self.rows = self.rows if rows == gr.skip() else rows
         self._show(panel)
         self.line = line.get("value", self.line)
@@ -316,6 +315,6 @@ def test_what_a_button_said_stays_when_the_table_is_drawn_anew(parts: Parts) -> 
 
 def test_the_table_is_drawn_anew_when_its_tab_is_chosen(parts: Parts) -> None:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Adapters") as tab:
-        adapters.build(parts, gr.Button())
+        adapters.build(parts)
     selected = [event.fn for event in page.fns.values() if (tab._id, "select") in event.targets]
     assert [fn.__name__ for fn in selected if fn is not None] == ["on_refresh"]

@@ -69,9 +69,9 @@ def test_forty_long_replies_hold_up_neither_another_nor_a_button(tmp_path: Path)
     with running(["base"], delay_s=0.5, reply="word " * 50) as stub:
         parts = made(tmp_path, stub, limits=Limits(streams_in_all=45))
         page = app.build("A title", parts)
-        events = [event for event in page.fns.values() if event.name in ("on_send", "on_state")]
+        events = [event for event in page.fns.values() if event.name in ("on_send", "on_look")]
         send = next(event for event in events if event.name == "on_send" and event.inputs[0].elem_id == "box")
-        state = next(event for event in events if event.name == "on_state")
+        state = next(event for event in events if event.name == "on_look")
         talk = ["Hello", None, None, "base", "", 0.7, 0.9, 200, ""]
 
         async def main() -> None:
@@ -98,7 +98,7 @@ def test_forty_long_replies_hold_up_neither_another_nor_a_button(tmp_path: Path)
                     await asyncio.sleep(0.05)
                 assert len(stub.requests) == 45 and not stub.finished
                 began = time.monotonic()
-                await join(state, [], "presser")
+                await join(state, [None] * len(state.inputs), "presser")
                 assert "on one base model" in await heard("presser")
                 await join(send, talk, "one too many")
                 assert "This server is busy" in await heard("one too many")

@@ -78,7 +78,7 @@ class Session:
 
     def __init__(self, parts: Parts) -> None:
         with gr.Blocks() as page:
-            chat.build(parts, gr.Button())
+            chat.build(parts)
         self.events: dict[str, Any] = {e.fn.__name__: e.fn for e in page.fns.values() if e.fn is not None}
         self.page = page
         self.stop = Stop()

@@ -52,7 +52,7 @@ class Session:
 
     def __init__(self, parts: Parts) -> None:
         with gr.Blocks() as self.page:
-            compare.build(parts, gr.Button())
+            self.look = compare.build(parts)
         self.stop = Stop()
         self.forget()
         self.fields: dict[str, Any] = {}
@@ -443,7 +443,7 @@ def test_with_one_model_the_page_says_what_to_do(tmp_path: Path, stub: Stub) -> 
 
     async def story() -> None:
         session = Session(parts)
-        session.take(await session.event("on_refresh")(None, [], None, None))
+        session.take(await session.look.draw(None, None, [], None, None))
         assert "Publish an adapter" in session.value("duel-notice")
         await session.send("Hello")
         assert "Publish an adapter" in session.value("duel-notice") and session.value("duel-box") == "Hello"

@@ -170,7 +170,7 @@ def test_one_name_of_several_weights_is_several_models(parts: Parts, tmp_path: P
 def test_an_account_that_was_removed_is_shown_and_given_nothing(parts: Parts) -> None:
     cast(parts.votes, "a@v1", "base", "left")
     with gr.Blocks() as page:
-        results.build(replace(parts, who=removed), gr.Button())
+        results.build(replace(parts, who=removed))
     fields: tuple[Any, ...] = ([], results.HERE, None, None, False)
     events = [fn.fn for fn in page.fns.values() if fn.name in ("on_export", "on_show") and fn.fn is not None]
     assert len({event.__name__ for event in events}) == 2
@@ -283,7 +283,7 @@ def test_the_page_exports_into_gradios_own_folder_or_says_that_there_is_nothing(
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     with gr.Blocks() as page:
-        results.build(parts, gr.Button())
+        results.build(parts)
     events = {name: [fn.fn for fn in page.fns.values() if fn.name == name] for name in ("on_export", "on_show")}
     fields: tuple[Any, ...] = ([], results.HERE, None, None, False)
 
