@@ -60,6 +60,10 @@ def first_lines(
         kind += f" as {start.ref} has it"
     say(f"model      {cfg.model.id}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}; {kind})")
     say(f"start      {f'adapter {start.ref} ({start.card.algorithm})' if start else 'the base model'}")
+    if (factor := cfg.peft.learning_rate_factor) != 1:
+        rate = cfg.algorithm.learning_rate
+        kind_name = cfg.peft.kind.value
+        say(f"rate       {rate * factor:g}: {factor:g} times algorithm.learning_rate={rate:g}, for peft={kind_name}")
     say(f"arithmetic {precision.trainer} ({precision.why})")
     say(f"threads    {threads.count} ({threads.why})")
     say(f"rows       {rows}")

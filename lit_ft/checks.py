@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lit_ft.config import Algorithm, Config, Strategy, trains_on_votes
 from lit_ft.distributed import rank, started_by_others
 from lit_ft.errors import UserError
@@ -23,6 +25,7 @@ def check_settings(cfg: Config) -> int:
     _check_precision(cfg)
     if trains_on_votes(cfg):
         _check_votes(cfg)
+    _check_kind(cfg)
     _check_strategy(cfg, devices * cfg.trainer.num_nodes)
     if cfg.strategy.kind in SHARDED:
         _check_model(cfg)
@@ -99,6 +102,35 @@ def _check_votes(cfg: Config) -> None:
         )
     if not rank():  # which alone reads them
         check_store(cfg.data.path)
+
+
+def _check_kind(cfg: Config) -> None:
+    """What the adapter's kind asks of the rest."""
+    from lit_ft.models.kinds import KINDS
+
+    name, kind = cfg.peft.kind.value, KINDS[cfg.peft.kind.value]
+    if cfg.strategy.kind in SHARDED and not kind.sharded:
+        wanted = cfg.strategy.kind.value
+        raise UserError(
+            f"strategy={wanted} cannot shard peft={name}: use strategy=ddp, which keeps the whole model on every "
+            f"device, or peft=lora with strategy={wanted}."
+        )
+    if cfg.strategy.kind is Strategy.fsdp_tp and not kind.split:
+        raise UserError(
+            f"strategy=fsdp_tp cannot split the layers that peft={name} goes on: use strategy=fsdp, or peft=lora with "
+            "strategy=fsdp_tp."
+        )
+    if kind.scheduled:
+        ends = {"trainer.early_stopping": cfg.trainer.early_stopping}
+        if OmegaConf.is_dict(cfg.trainer.extra):
+            ends["trainer.extra.max_time"] = cfg.trainer.extra.get("max_time")
+        for key, value in ends.items():
+            if value is not None:
+                raise UserError(
+                    f"{key}={value} may end the run before peft={name} is done: its schedule of ranks needs the number "
+                    f"of steps beforehand. Leave {key} out and set trainer.max_steps or trainer.max_epochs; the best "
+                    "weights after the last rank was taken are published anyway. Or use peft=lora."
+                )
 
 
 def _check_strategy(cfg: Config, processes: int) -> None:

@@ -94,6 +94,14 @@ def launch(task: Callable[[Any], int | None], config_name: str, schema: type) ->
     sys.exit(2 if failed else max(outcome, default=0))
 
 
+def model_is_no_group() -> None:
+    """Let `model=FOLDER` mean `model.id=FOLDER` for a command whose own YAML has no model to choose.
+
+    Hydra would look for it in the group conf/model, which is training's.
+    """
+    sys.argv[1:] = [re.sub(r"^model=", "model.id=", argument) for argument in sys.argv[1:]]
+
+
 def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> float | None:
     """Run one job of a sweep; returns what the sweeper minimises, or None if there is nothing.
 
@@ -179,8 +187,11 @@ def _first_words(error: Exception) -> str:
 
 
 def _command() -> str:
-    """The package that was started: `lit_ft` or `serve`."""
-    return "serve" if Path(sys.argv[0]).parent.name == "serve" else "lit_ft"
+    """The command that was started: `lit_ft`, `lit_ft.export` or `serve`."""
+    started = Path(sys.argv[0])
+    if started.parent.name == "serve":
+        return "serve"
+    return "lit_ft" if started.stem in ("__main__", "lit_ft") else f"lit_ft.{started.stem}"
 
 
 def _complain(text: str) -> None:

@@ -424,7 +424,7 @@ def explain(
         lower = min(max_tokens, account.tokens or max_tokens) // 2
         activations.append(f"data.max_tokens={lower} (now {max_tokens}, changes no result)")
     if not gradient_checkpointing:
-        saved = f", {_size(account.checkpointed)} of activations instead" if account.tokens else ""
+        saved = f", {size_in_words(account.checkpointed)} of activations instead" if account.tokens else ""
         activations.append(f"model.gradient_checkpointing=true (about a third more time{saved})")
     if account.examples == 1:
         lower = min(max_length, account.tokens) // 2
@@ -457,15 +457,15 @@ def explain(
     where, has = (
         (f"memory on the {account.device}", "which has") if gpu else ("main memory", "of which a process may use")
     )
-    has = f", {has} {_size(account.total)}" if account.total is not None else ""
+    has = f", {has} {size_in_words(account.total)}" if account.total is not None else ""
     asked = f"; {wanted} more were asked for" if (wanted := _asked(error)) else ""
     lines = [f"Out of {where}{has}{asked}."]
     of = f" over {account.tokens:,} tokens" if account.tokens else ", what its first batch takes not counted,"
-    lines.append(f"A training step{of} holds about {_size(account.sum)}: {_listed(account)}.")
+    lines.append(f"A training step{of} holds about {size_in_words(account.sum)}: {_listed(account)}.")
     if account.peak:
-        lines.append(f"PyTorch had allocated {_size(account.peak)} at most.")
+        lines.append(f"PyTorch had allocated {size_in_words(account.peak)} at most.")
     if account.total is not None and account.others > account.total / 20:
-        lines.append(f"Other processes hold {_size(account.others)} of this GPU.")
+        lines.append(f"Other processes hold {size_in_words(account.others)} of this GPU.")
     lines.append(f"Lower, what helps most first: {'; '.join(settings)}.")
     return " ".join(lines)
 
@@ -473,7 +473,7 @@ def explain(
 def _listed(account: Account) -> str:
     """The parts, the largest first, with what weights consist of."""
     names = {"logits": "logits (one block)", "optimizer": "optimizer states"}
-    said = {name: f"{names.get(name, name)} {_size(size)}" for name, size in account.parts.items() if size}
+    said = {name: f"{names.get(name, name)} {size_in_words(size)}" for name, size in account.parts.items() if size}
     if account.weights:
         kinds = {
             "frozen": account.frozen,
@@ -481,11 +481,11 @@ def _listed(account: Account) -> str:
             "gathered from other devices": account.gathered,
             "copies for mixed precision": account.copies,
         }
-        said["weights"] += f" ({', '.join(f'{name} {_size(size)}' for name, size in kinds.items() if size)})"
+        said["weights"] += f" ({', '.join(f'{name} {size_in_words(size)}' for name, size in kinds.items() if size)})"
     return ", ".join(said.values())
 
 
-def _size(size: int) -> str:
+def size_in_words(size: int) -> str:
     """Bytes in words: 1.5 GiB, 12 MiB, 0.3 MiB."""
     mib = size / 2**20
     if mib >= 1024:
@@ -497,6 +497,6 @@ def _asked(error: BaseException | None) -> str | None:
     """How much the failed allocation wanted, as the error has it."""
     text = str(error or "")
     if (found := re.search(r"tried to allocate (\d+) bytes", text)) is not None:
-        return _size(int(found[1]))
+        return size_in_words(int(found[1]))
     found = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", text)
     return found[1] if found else None

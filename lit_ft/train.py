@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 import traceback
@@ -23,7 +24,7 @@ from lit_ft.callbacks.interrupt import Interrupted, stopping_on_signals
 from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.checkpoint import before as checkpoint_before
 from lit_ft.checks import SHARDED, check_settings, device_number
-from lit_ft.config import Algorithm, Config, Packing, Peft, trains_on_votes
+from lit_ft.config import Algorithm, Config, Packing, trains_on_votes
 from lit_ft.data.chat import ChatEncoder, set_chat_template
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
 from lit_ft.data.formats import Kind
@@ -46,7 +47,7 @@ from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
 from lit_ft.models.canary import canary
-from lit_ft.models.kinds import KINDS, AdapterKind
+from lit_ft.models.kinds import KINDS, AdapterKind, Report
 from lit_ft.models.load import context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
@@ -122,7 +123,8 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     folder.check_name(cfg.name)
     adapters = Path(cfg.adapters)
     resumed = agree(lambda: find_checkpoint(cfg.resume, Path(cfg.runs, cfg.name), cfg.algorithm.kind.value))
-    start = agree(lambda: _start(cfg, adapters, resumed))
+    kind = _kind(cfg)
+    start = agree(lambda: _start(cfg, kind, adapters, resumed))
     if device.type == "cuda":
         device = torch.device("cuda", device_number(cfg.trainer.devices, ranks.local_rank))
         torch.cuda.set_device(device)
@@ -140,7 +142,6 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
     data, val = _examples(cfg, tokenizer, votes)
-    kind = _kind(cfg)
     model = _model(cfg, kind, start, precision)
     begun |= {"model": model, "precision": precision, "max_tokens": max_tokens, "device": device}
     if adapt.is_adapted(model):
@@ -219,6 +220,11 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
 
     metrics = best_metrics(module, best, trainer, datamodule if val else None)
     metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in module.before.items()}
+    report = kind.report()
+    if report is not None:
+        say(report.table)
+        if ranks.rank == 0:
+            _keep_report(run, report)
     done = kind.published(module.model)
     if done.converted:
         say(f"converted  {done.converted}")
@@ -238,14 +244,24 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         not_servable_reason=reason,
         canary=_canary(cfg, done.model, tokenizer, precision, device) if reason is None else None,
     )
-    write = _writer(cfg, done.model, tokenizer, adapt.trained_state(done.model))
+    write = _writer(cfg, done.model, tokenizer, adapt.trained_state(done.model), report)
     published = agree(lambda: folder.publish(adapters, draft, write))
     if ranks.rank == 0:
         for path in (last, checkpoint_before(last)):
             path.unlink(missing_ok=True)  # there is nothing left to resume
         write_result(run, published)
-    say(f"published {published.ref}: " + metric_line(metrics))
+    size = sum(path.stat().st_size for path in published.path.glob("*.safetensors"))
+    say(f"published {published.ref} ({size:,} bytes of weights): " + metric_line(metrics))
     return published
+
+
+def _keep_report(run: Path, report: Report) -> None:
+    """Into the run's folder; a full disk is no reason to lose what was trained."""
+    try:
+        (run / f"{report.name}.txt").write_text(report.table + "\n", encoding="utf-8")
+        (run / f"{report.name}.svg").write_text(report.picture, encoding="utf-8")
+    except OSError as error:
+        say(f"{report.name:<10} could not be kept in {run}: {error.strerror or error}")
 
 
 def _run_folder() -> Path:
@@ -254,7 +270,7 @@ def _run_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | None:
+def _start(cfg: Config, kind: AdapterKind, adapters: Path, resumed: Resumed | None) -> Adapter | None:
     """The adapter that training begins with, or None for the base."""
     if resumed is not None:
         # What the interrupted run began with, even if newer adapters were published meanwhile.
@@ -262,9 +278,9 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
     if cfg.start_from == "none":
         return None
     if cfg.start_from == "auto":
-        if cfg.algorithm.kind is not Algorithm.dpo or cfg.peft.kind in (Peft.full, Peft.pissa):
+        if cfg.algorithm.kind is not Algorithm.dpo:
             return None
-        start = _newest(adapters, cfg.name, ("sft", "dpo") if trains_on_votes(cfg) else ("sft",))
+        start = _newest(adapters, cfg.name, ("sft", "dpo") if trains_on_votes(cfg) else ("sft",), kind)
     else:
         start = folder.find(adapters, cfg.start_from)
     if start is not None and not cfg.model.tiny and start.card.base.hash != model_fingerprint(cfg.model.id):
@@ -275,13 +291,31 @@ def _start(cfg: Config, adapters: Path, resumed: Resumed | None) -> Adapter | No
     return start
 
 
-def _newest(adapters: Path, name: str, algorithms: Sequence[str]) -> Adapter | None:
-    """The newest readable version of `name` that one of `algorithms` made; says what it passes over."""
-    broken: dict[str, None] = {}  # as keys, since each algorithm's search passes over the same ones
-    found = [folder.newest(adapters, name, algorithm, on_broken=broken.setdefault) for algorithm in algorithms]
-    for reason in broken:
-        say(f"left out   {reason}")
-    return max((one for one in found if one is not None), key=lambda one: one.version, default=None)
+def _newest(adapters: Path, name: str, algorithms: Sequence[str], kind: AdapterKind) -> Adapter | None:
+    """The newest readable version of `name` that one of `algorithms` made and `kind` goes on from.
+
+    Says what it passes over; several versions that cannot be gone on from share a line with the newest one's reason.
+    """
+    left: list[str] = []
+    found, reason = None, ""
+    for _, _, path in reversed(folder.version_folders(adapters, name)):
+        try:
+            one = folder.read(path)
+            why_not = kind.why_not_from(path) if one.card.algorithm in algorithms else None
+        except UserError as error:
+            say(f"left out   {error}")
+            continue
+        if one.card.algorithm not in algorithms:
+            continue
+        if why_not is None:
+            found = one
+            break
+        left.append(one.ref)
+        reason = reason or why_not
+    if left:
+        older = f" (and {', '.join(left[1:])})" if left[1:] else ""
+        say(f"left out   {left[0]}{older} {reason}")
+    return found
 
 
 def _votes(cfg: Config, base: Base, resumed: Resumed | None) -> Votes:
@@ -427,6 +461,8 @@ def _with_reference(
             model=cfg.model.id if cfg.model.tiny else None,
             # What computes them may change from one version to the next.
             versions=_versions(),
+            # What these begin with differs from the base by rounding, to 4 bits or of what is left of a weight.
+            begun_as=cfg.peft.kind.value if kind.quantized or kind.changes_base else None,
         )
         known = agree(lambda: read_cached(kept, key))
         if known is None:
@@ -541,12 +577,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _writer(cfg: Config, model: Any, tokenizer: Any, state: dict[str, Any] | None) -> Callable[[Path], None]:
+def _writer(
+    cfg: Config, model: Any, tokenizer: Any, state: dict[str, Any] | None, report: Report | None
+) -> Callable[[Path], None]:
     resolved = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
 
     def write(target: Path) -> None:
         adapt.save_trained(model, target, state)
         tokenizer.save_pretrained(str(target))
         (target / "config.yaml").write_text(resolved, encoding="utf-8")
+        if report is not None:
+            values = json.dumps(dict(report.values), indent=2) + "\n"
+            (target / f"{report.name}.json").write_text(values, encoding="utf-8")
 
     return write

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lit_ft.adapter import scan
-from lit_ft.cli import launch
+from lit_ft.cli import launch, model_is_no_group
 from lit_ft.errors import UserError
 from serve import base as bases
 from serve.access import Access, check_access
@@ -85,7 +85,7 @@ def _serve(cfg: ServeConfig, access: Access) -> int:
     root = Path(cfg.adapters)
     # Weights are hashed when each is checked, which may take minutes for many; the cards suffice to choose the base.
     folders = scan(root, verify=False)
-    base = bases.given(cfg.model) if cfg.model else bases.of_adapters(folders)
+    base = bases.given(cfg.model.id) if cfg.model.id else bases.of_adapters(folders)
     rules = rules_for(folders, root, base.hash, template_in(Path(base.place)), cfg.max_lora_rank)
     say(f"Base model: {base.id}")
     if not folders:
@@ -366,4 +366,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    model_is_no_group()
     launch(serve, "serve", ServeConfig)

@@ -43,14 +43,20 @@ class LimitsConfig:
 
 
 @dataclass
+class ModelConfig:
+    id: str | None = None
+    """The base model; None is the base of the newest adapter, or `bundled` where there is none."""
+
+
+@dataclass
 class ServeConfig:
     """One field for each key of conf/serve.yaml."""
 
     adapters: str = "./adapters"
     """The folder of published adapters."""
 
-    model: str | None = None
-    """The base model; None is the base of the newest adapter, or `bundled` where there is none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """`model=FOLDER` is short for `model.id=FOLDER`."""
 
     host: str = "127.0.0.1"
     """Where the server listens; beyond loopback it needs a login and API keys (`auth`)."""

@@ -93,7 +93,7 @@ def why_not_servable(model: Any) -> str | None:
         return "it is a whole model, not an adapter: serve it as a base of its own (model=FOLDER)"
     config = next(iter(model.peft_config.values()))
     if config.peft_type != "LORA":
-        return f"vLLM serves LoRA only, this is {config.peft_type}"
+        return f"vLLM serves LoRA only, this is {config.peft_type.value}"
     if getattr(config, "use_dora", False):
         return "vLLM does not serve DoRA"
     if config.modules_to_save:

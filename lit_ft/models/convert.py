@@ -18,7 +18,8 @@ def as_plain_lora(base: Any, factors: Factors, like: Any) -> Any:
     Args:
         base: the model without adapters, its modules named as in `factors`.
         factors: of every module that `like` targets.
-        like: the PEFT configuration of the adapter that it is made of: target modules, base and task are kept.
+        like: the PEFT configuration of the adapter that it is made of: which modules it targets, its base and task are
+            kept.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -30,6 +31,10 @@ def as_plain_lora(base: Any, factors: Factors, like: Any) -> Any:
         lora_alpha=rank,
         lora_dropout=0.0,
         target_modules=like.target_modules,
+        exclude_modules=like.exclude_modules,
+        layers_to_transform=like.layers_to_transform,
+        layers_pattern=like.layers_pattern,
+        fan_in_fan_out=like.fan_in_fan_out,
         base_model_name_or_path=like.base_model_name_or_path,
         bias="none",
         task_type=like.task_type,
@@ -83,11 +88,39 @@ def singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The LoRA factors of that rank nearest to `delta` `(out, in)`, and the relative error (Frobenius norm).
 
-    By the truncated singular value decomposition, which is the best there is (Eckart and Young 1936).
+    By the truncated singular value decomposition, which is the best there is (Eckart and Young 1936). The vectors of
+    the shorter side are the eigenvectors of Δ·Δᵀ (or Δᵀ·Δ), which is several times faster to find than the whole
+    decomposition; in float64, since that squares the singular values.
     """
-    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    whole = float(s.square().sum().sqrt())
-    lost = float(s[rank:].square().sum().sqrt()) / whole if whole else 0.0
-    return (root[:, None] * v[:rank]).to(delta), (u[:, :rank] * root).to(delta), lost
+    wide = delta.shape[0] <= delta.shape[1]
+    d = delta.double() if wide else delta.double().T
+    rank = min(rank, len(d))
+    squares, vectors = torch.linalg.eigh(d @ d.T)
+    u = vectors[:, -rank:].flip(1)
+    rest = u.T @ d
+    # Half of each singular value to either factor, so that both are of one size.
+    root = squares[-rank:].flip(0).clamp_min(torch.finfo(torch.float32).tiny).pow(0.25)
+    left, right = u * root, rest / root[:, None]
+    whole = float(torch.linalg.norm(d))
+    lost = float(torch.linalg.norm(d - u @ rest)) / whole if whole else 0.0
+    a, b = (right, left) if wide else (left.T, right.T)
+    return a.to(delta), b.to(delta), lost
+
+
+def dora_delta(layer: Any, adapter: str = "default") -> Tensor:
+    """What a DoRA layer adds to its weight, `(out, in)` in float32.
+
+    The adapted weight is m · (W + s·B·A) / ‖W + s·B·A‖, row by row (Liu et al. 2024, arXiv:2402.09353, equation 5).
+    """
+    weight = layer.get_base_layer().weight.detach().float()
+    weight = weight.T if layer.fan_in_fan_out else weight
+    turned = weight + lora_delta(layer, adapter)
+    length = layer.lora_magnitude_vector[adapter].weight.detach().float()
+    return turned * (length / torch.linalg.norm(turned, dim=1))[:, None] - weight
+
+
+def without_beginning(now: tuple[Tensor, Tensor], began: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The factors of B·A − B₀·A₀ = [B, −B₀]·[A; A₀]: an adapter that began with a part of the base's weight, which the
+    base lacks while it is trained (PiSSA, Meng et al. 2024, arXiv:2404.02948), as one on the whole base."""
+    (a, b), (a0, b0) = now, began
+    return torch.cat([a, a0]), torch.cat([b, -b0], dim=1)

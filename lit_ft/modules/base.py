@@ -69,6 +69,8 @@ class FineTuneModule(L.LightningModule, ABC):
         penalty: Callable[[Any], Tensor | None] = lambda model: None,
     ) -> None:
         super().__init__()
+        if loraplus_lr_ratio <= 0:
+            raise UserError(f"peft.loraplus_lr_ratio={loraplus_lr_ratio} must be above 0; LoRA+ takes 2 to 16.")
         self.automatic_optimization = False
         self.model: Any = model if isinstance(model, nn.Module) else None
         self._build = None if isinstance(model, nn.Module) else model

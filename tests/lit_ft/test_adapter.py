@@ -94,8 +94,15 @@ def test_the_card_says_what_was_published(tmp_path: Path) -> None:
         "servable": False,
         "not_servable_reason": "DoRA",
         "canary": None,
+        "converted": None,
     }
     assert read(made.path) == made
+
+
+def test_what_was_converted_is_told(tmp_path: Path) -> None:
+    made = publish(tmp_path, draft(converted="AdaLoRA to LoRA, exactly"), write)
+    assert read(made.path).card.converted == "AdaLoRA to LoRA, exactly"
+    assert "## Converted\n\nAdaLoRA to LoRA, exactly.\n" in (made.path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_model_card_is_readable_by_the_hub(tmp_path: Path) -> None:

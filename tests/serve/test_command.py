@@ -60,7 +60,7 @@ def test_a_model_folder_that_is_missing(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     said = refused(tmp_path, "model=./missing", f"port={port}")
-    assert "missing" in said and "model.id" not in said
+    assert "missing" in said and "config.json" in said and "override" not in said, said
 
 
 def test_the_two_places_of_the_defaults_agree() -> None:

@@ -6,7 +6,7 @@ A new kind is one file here, one line in `KINDS` and one YAML in `conf/peft`.
 from __future__ import annotations
 
 from lit_ft.models.kinds.adalora import AdaLora
-from lit_ft.models.kinds.base import AdapterKind, Published
+from lit_ft.models.kinds.base import AdapterKind, Published, Report
 from lit_ft.models.kinds.full import Full
 from lit_ft.models.kinds.ia3 import IA3
 from lit_ft.models.kinds.lora import Dora, Lora, Pissa, QLora
@@ -23,4 +23,4 @@ KINDS: dict[str, type[AdapterKind]] = {
     "full": Full,
 }
 
-__all__ = ["KINDS", "AdapterKind", "Published"]
+__all__ = ["KINDS", "AdapterKind", "Published", "Report"]

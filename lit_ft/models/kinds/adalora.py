@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,18 @@ from torch import Tensor
 
 from lit_ft.errors import UserError
 from lit_ft.models.convert import adalora_factors, as_plain_lora, singular
-from lit_ft.models.kinds.base import AdapterKind, Published, adapted, as_targets, config_in, default_config, loaded
+from lit_ft.models.kinds.base import (
+    AdapterKind,
+    Published,
+    Report,
+    adapted,
+    as_targets,
+    check_numbers,
+    config_in,
+    default_config,
+    loaded,
+    why_not_among,
+)
 
 PARTS = ("lora_A", "lora_B", "lora_E")
 # PEFT divides by the rank plus this.
@@ -75,6 +87,7 @@ class AdaLora(AdapterKind):
     """
 
     sharded = False
+    scheduled = True
 
     def __init__(
         self,
@@ -91,10 +104,11 @@ class AdaLora(AdapterKind):
         beta2: float = 0.85,
         orth_reg_weight: float = 0.1,
     ) -> None:
-        if not 1 <= target_r < init_r:
+        check_numbers(init_r=init_r, target_r=target_r, alpha=alpha, dropout=dropout)
+        if target_r >= init_r:
             raise UserError(
-                f"peft.init_r={init_r} must be above peft.target_r={target_r}, which is at least 1: AdaLoRA takes "
-                "ranks away. With equal ranks use peft=lora."
+                f"peft.init_r={init_r} must be above peft.target_r={target_r}: AdaLoRA takes ranks away. With equal "
+                "ranks use peft=lora."
             )
         if not (0 < beta1 < 1 and 0 < beta2 < 1):
             raise UserError(f"peft.beta1={beta1} and peft.beta2={beta2} must lie between 0 and 1.")
@@ -127,27 +141,32 @@ class AdaLora(AdapterKind):
 
     def begin(self, model: Any) -> Any:
         made = adapted(model, self.config())
-        self._weights = len(adalora_layers(made))
+        layers = adalora_layers(made)
+        for _, layer in layers:  # PEFT makes it trainable where it casts it, as above a base in half precision
+            layer.ranknum["default"].requires_grad_(False)
+        self._weights = len(layers)
         return made
+
+    def why_not_from(self, folder: Path) -> str | None:
+        if reason := why_not_among(folder, ["lora"], "AdaLoRA"):
+            return reason
+        config = config_in(folder)
+        rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
+        if rank > self.init_r:
+            return f"has rank {rank}, above peft.init_r={self.init_r}: give peft.init_r={rank} or start_from=none."
+        return None
 
     def go_on(self, model: Any, folder: Path, ref: str) -> Any:
         """From a plain LoRA, exactly: its product's singular value decomposition is such triplets."""
+        self.check_goes_on(folder, ref)
         config = config_in(folder)
-        if config.peft_type != "LORA" or config.use_dora:
-            raise UserError(f"{ref} is no plain LoRA, and AdaLoRA cannot go on from it: start_from=none.")
-        ranks = [config.r, *(config.rank_pattern or {}).values()]
-        if max(ranks) > self.init_r:
-            raise UserError(
-                f"{ref} has rank {max(ranks)}, above peft.init_r={self.init_r}: give peft.init_r that much."
-            )
         plain = loaded(model, folder, config)
         triplets = {}
         for name, layer in adalora_layers(plain):
             a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
             triplets[name] = (*singular(a, b), layer.scaling["default"])
-        self.target_modules = (
-            list(config.target_modules) if not isinstance(config.target_modules, str) else (config.target_modules)
-        )
+        targets = config.target_modules
+        self.target_modules = targets if isinstance(targets, str) else sorted(targets)
         made = self.begin(plain.unload())
         with torch.no_grad():
             for name, layer in adalora_layers(made):
@@ -178,25 +197,28 @@ class AdaLora(AdapterKind):
         """
         if not self.orth_reg_weight:
             return None
-        total, count = torch.zeros(()), 0
-        for _, layer in adalora_layers(model):
-            for grown in (layer.lora_A["default"], layer.lora_B["default"].T):
-                gram = grown @ grown.T
-                off = torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype))
-                total, count = total.to(off) + off, count + 1
-        return total * (self.orth_reg_weight / count)
+        layers = adalora_layers(model)
+        vectors = [one for _, layer in layers for one in (layer.lora_A["default"], layer.lora_B["default"].T)]
+        device = vectors[0].device.type
+        # Mixed precision would round what is to be 0 or 1 to three digits.
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            strays = [torch.linalg.norm(v @ v.T - torch.eye(len(v), device=v.device, dtype=v.dtype)) for v in vectors]
+        return torch.stack(strays).mean() * self.orth_reg_weight
 
     def after_step(self, model: Any, step: int) -> None:
         if self.steps is None:
             raise RuntimeError("the run's number of steps is not known yet")
         layers = adalora_layers(model)
-        if step < self.steps.settled or not self._kept:
-            self._look(layers)
         budget = self.steps.at(step)
+        settled = step > self.steps.settled and sum(self.ranks().values()) == budget
+        if step < self.steps.settled or not (settled or self._importance):
+            self._look(layers)
         if budget is None:
             return
-        if step <= self.steps.settled or not self._kept:
+        if not settled:  # also where a resumed run is shorter than it was to be
             self._kept = keep_most_important(self._triplets(layers), budget)
+        if step >= self.steps.settled:
+            self._importance, self._uncertainty = {}, {}  # nothing is decided by them any more
         with torch.no_grad():
             for name, layer in layers:
                 values = layer.lora_E["default"]
@@ -208,9 +230,10 @@ class AdaLora(AdapterKind):
             for part in PARTS:
                 weight = getattr(layer, part)["default"]
                 key = f"{name}.{part}"
-                now = (weight * weight.grad).abs().detach()
-                mean = self._importance.get(key, torch.zeros_like(now))
-                unsure = self._uncertainty.get(key, torch.zeros_like(now))
+                # No gradient: no token came by, as by some of a mixture's experts.
+                now = torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs().detach()
+                mean = self._importance.get(key, torch.zeros_like(now)).to(now)
+                unsure = self._uncertainty.get(key, torch.zeros_like(now)).to(now)
                 self._importance[key] = mean = self.beta1 * mean + (1 - self.beta1) * now
                 self._uncertainty[key] = self.beta2 * unsure + (1 - self.beta2) * (now - mean).abs()
 
@@ -240,11 +263,9 @@ class AdaLora(AdapterKind):
         """By module, as they are now."""
         return {name: int(kept.sum()) for name, kept in self._kept.items()}
 
-    def report(self, model: Any) -> str | None:
-        return table(self.ranks()) if self._kept else None
-
-    def picture(self, model: Any) -> str | None:
-        return heatmap(self.ranks(), self.init_r) if self._kept else None
+    def report(self) -> Report | None:
+        ranks = self.ranks()
+        return Report("ranks", table(ranks), heatmap(ranks, self.init_r), ranks) if ranks else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"importance": self._importance, "uncertainty": self._uncertainty, "kept": self._kept}
@@ -281,46 +302,59 @@ def _scaling(layer: Any) -> float:
 
 
 def _grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
-    """Layers, kinds of weight, and the rank of each: `model.layers.3.mlp.up_proj` is row 3, column `up_proj`."""
-    cells = {}
-    for name, rank in ranks.items():
+    """Layers, kinds of weight, and the rank of each: `model.layers.3.mlp.up_proj` is row 3, column `up_proj`.
+
+    Where two weights of a layer end alike (GPT-2's `c_proj`), more of their names stands above the column.
+    """
+    places = {}
+    for name in ranks:
         parts = name.split(".")
-        number = next((part for part in parts if part.isdigit()), "-")
-        cells[number, parts[-1]] = rank
-    return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells)), cells
+        at = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+        places[name] = ("-", name) if at is None else (parts[at], ".".join(parts[at + 1 :]))
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    ends = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    shown = {kind: end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)}
+    cells = {(row, shown[kind]): ranks[name] for name, (row, kind) in places.items()}
+    return list(dict.fromkeys(row for row, _ in cells)), [shown[kind] for kind in kinds], cells
 
 
 def table(ranks: Mapping[str, int]) -> str:
     """Ranks by layer and kind of weight, with sums, as text."""
     rows, columns, cells = _grid(ranks)
-    widths = [max(5, len(column)) for column in columns]
-    lines = [
-        "layer  " + "  ".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)) + "    sum"
-    ]
+
+    def line(head: str, values: Sequence[Any], last: Any) -> str:
+        middle = "  ".join(f"{value:>{max(5, len(name))}}" for value, name in zip(values, columns, strict=True))
+        return f"{head:>5}  {middle}  {last:>5}"
+
+    lines = [line("layer", columns, "sum")]
     for row in rows:
-        values = [cells.get((row, column), 0) for column in columns]
-        line = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
-        lines.append(f"{row:>5}  {line}  {sum(values):>5}")
+        values: list[Any] = [cells.get((row, column), "") for column in columns]
+        lines.append(line(row, values, sum(value for value in values if value != "")))
     sums = [sum(cells.get((row, column), 0) for row in rows) for column in columns]
-    line = "  ".join(f"{value:>{width}}" for value, width in zip(sums, widths, strict=True))
-    return "\n".join([*lines, f"  sum  {line}  {sum(sums):>5}"])
+    return "\n".join([*lines, line("sum", sums, sum(sums))])
 
 
 def heatmap(ranks: Mapping[str, int], most: int) -> str:
-    """Ranks by layer (down) and kind of weight (across) as an SVG; darker is more."""
+    """Ranks by layer (down) and kind of weight (across) as an SVG; darker is more.
+
+    Args:
+        most: the rank that each weight had at first.
+    """
     rows, columns, cells = _grid(ranks)
-    wide, high, left, top = 64, 20, 52, 40
-    width, height = left + wide * len(columns) + 10, top + high * len(rows) + 10
+    left, top, high = 52, 46, 20
+    wide = max(56, *(7 * len(column) + 10 for column in columns))
+    title = f"Ranks that AdaLoRA left: {sum(ranks.values())} in all; each weight began with {most}"
+    width, height = max(left + wide * len(columns) + 10, 7 * len(title)), top + high * len(rows) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/><text x="6" y="16">rank left by AdaLoRA, of '
-        f"{most} at first; {sum(ranks.values())} in all</text>"
+        f'font-size="11"><rect width="100%" height="100%" fill="white"/><text x="8" y="18">{title}</text>'
+        f'<text x="{left - 8}" y="{top - 6}" text-anchor="end">layer</text>'
     ]
     for x, column in enumerate(columns):
-        middle = left + wide * x + wide / 2
+        middle = left + wide * x + wide / 2 - 1
         parts.append(f'<text x="{middle}" y="{top - 6}" text-anchor="middle">{html.escape(column)}</text>')
     for y, row in enumerate(rows):
-        parts.append(f'<text x="{left - 8}" y="{top + high * y + 14}" text-anchor="end">{html.escape(row)}</text>')
+        parts.append(f'<text x="{left - 8}" y="{top + high * y + 13}" text-anchor="end">{html.escape(row)}</text>')
         for x, column in enumerate(columns):
             rank = cells.get((row, column))
             if rank is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.errors import UserError
-from lit_ft.models.kinds.base import AdapterKind
+from lit_ft.models.kinds.base import AdapterKind, kind_in
 from lit_ft.models.load import check_not_quantized
 
 
@@ -19,12 +19,16 @@ class Full(AdapterKind):
         check_not_quantized(model)
         return train_all(model)
 
-    def go_on(self, model: Any, folder: Path, ref: str) -> Any:
-        raise UserError(
-            f"peft=full cannot go on from {ref}. A whole model is gone on from by giving its folder as the base: "
-            f"model.id={folder} start_from=none. An adapter can be merged into its base first: "
-            f"python -m lit_ft.export adapter={folder} to=merged output=FOLDER, then model.id=FOLDER."
+    def why_not_from(self, folder: Path) -> str:
+        if kind_in(folder) == "full":
+            return f"is a whole model: go on from it with model.id={folder} start_from=none."
+        return (
+            "is an adapter, and peft=full trains a whole model. Merge it into its base first: python -m lit_ft.export "
+            f"adapter={folder} to=merged output=FOLDER, then train with model.id=FOLDER start_from=none."
         )
+
+    def go_on(self, model: Any, folder: Path, ref: str) -> Any:
+        raise UserError(f"{ref} {self.why_not_from(folder)}")
 
 
 def train_all(model: Any) -> Any:

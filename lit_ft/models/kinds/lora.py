@@ -17,9 +17,11 @@ from lit_ft.models.kinds.base import (
     adapted,
     add_,
     as_targets,
+    check_numbers,
     config_in,
     default_config,
     loaded,
+    why_not_among,
 )
 from lit_ft.models.lora import use_fused_lora
 
@@ -47,6 +49,7 @@ class Lora(AdapterKind):
         target_modules: str | Sequence[str] = "all-linear",
         use_rslora: bool = False,
     ) -> None:
+        check_numbers(r=r, alpha=alpha, dropout=dropout)
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules, self.use_rslora = target_modules, use_rslora
 
@@ -70,14 +73,12 @@ class Lora(AdapterKind):
         use_fused_lora(made)
         return made
 
+    def why_not_from(self, folder: Path) -> str | None:
+        return why_not_among(folder, ["lora"], "a LoRA")
+
     def go_on(self, model: Any, folder: Path, ref: str) -> Any:
+        self.check_goes_on(folder, ref)
         config = config_in(folder)
-        if config.peft_type != "LORA" or config.use_dora:
-            kind = "DoRA" if config.peft_type == "LORA" else config.peft_type
-            raise UserError(
-                f"{ref} is a {kind} adapter, and a LoRA cannot go on from it. Train with peft={kind.lower()}, or give "
-                "start_from=none."
-            )
         config.lora_dropout = self.dropout
         made = loaded(model, folder, config)
         use_fused_lora(made)
@@ -102,11 +103,13 @@ class Dora(Lora):
     def begin(self, model: Any) -> Any:
         return adapted(model, self.config())
 
+    def why_not_from(self, folder: Path) -> str | None:
+        return why_not_among(folder, ["lora", "dora"], "a DoRA")
+
     def go_on(self, model: Any, folder: Path, ref: str) -> Any:
         """From a DoRA; or exactly from a LoRA, whose adapted weight has lengths and directions as well."""
+        self.check_goes_on(folder, ref)
         config = config_in(folder)
-        if config.peft_type != "LORA":
-            raise UserError(f"{ref} is a {config.peft_type} adapter, and a DoRA cannot go on from it: start_from=none.")
         config.lora_dropout = self.dropout
         if config.use_dora:
             return loaded(model, folder, config)
@@ -147,19 +150,56 @@ class Pissa(Lora):
         """A and B as they began, by module."""
 
     def begin(self, model: Any) -> Any:
-        how = "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
-        made = adapted(model, self.config(init_lora_weights=how))
-        for name, layer in lora_layers(made):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            self._began[name] = (a.detach().clone(), b.detach().clone())
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                "peft=pissa takes the base's weights apart, and cannot where they are quantized: peft=lora."
+            )
+        made = adapted(model, self.config())
+        layers = lora_layers(made)
+        if any(len(getattr(module, "lora_embedding_A", ())) for module in made.modules()):
+            raise UserError("peft=pissa takes linear layers apart: leave embeddings out of peft.target_modules.")
+        if any(min(layer.get_base_layer().weight.shape) < self.r for _, layer in layers):
+            raise UserError(
+                f"peft.r={self.r} is above the smaller side of some of the weights, which have no more singular "
+                "values: lower it, or choose others with peft.target_modules."
+            )
+        for name, layer in layers:
+            self._began[name] = self._take_apart(layer)
         use_fused_lora(made)
         return made
 
-    def go_on(self, model: Any, folder: Path, ref: str) -> Any:
-        raise UserError(
-            f"PiSSA begins with the base's own weights, so peft=pissa cannot go on from {ref}. What it published is a "
-            "LoRA: go on with peft=lora, or give start_from=none."
+    @torch.no_grad()
+    def _take_apart(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """Move the weight's largest singular values into A and B, and return these.
+
+        As PEFT's `pissa_init`, which for a base in bf16 rounds A and B after it took their product from the weight:
+        the model then begins as another than the base, by what is lost of its largest part.
+        """
+        weight = layer.get_base_layer().weight
+        whole = (weight.T if layer.fan_in_fan_out else weight).float()
+        if self.niter is None:
+            u, s, v = torch.linalg.svd(whole, full_matrices=False)
+            u, s, v = u[:, : self.r], s[: self.r], v[: self.r]
+        else:
+            u, s, v = torch.svd_lowrank(whole, self.r, niter=self.niter)
+            v = v.T
+        scaling = layer.scaling["default"]
+        root = (s / scaling).sqrt()
+        a, b = root[:, None] * v, u * root
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
+        taken = scaling * (b @ a)
+        add_(weight, -(taken.T if layer.fan_in_fan_out else taken))
+        return a, b
+
+    def why_not_from(self, folder: Path) -> str:
+        return (
+            "is not what PiSSA begins with, which is the base's own weights. What it published is a LoRA: go on with "
+            "peft=lora, or give start_from=none."
         )
+
+    def go_on(self, model: Any, folder: Path, ref: str) -> Any:
+        raise UserError(f"{ref} {self.why_not_from(folder)}")
 
     def published(self, model: Any) -> Published:
         """ΔW = s·(B·A − B₀·A₀) = [B, −B₀]·[A; A₀]·s, on the base's own weights."""
