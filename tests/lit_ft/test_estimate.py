@@ -17,6 +17,8 @@ from lit_ft.models.shard import decoder_layers
 from tests import tiny
 from tests.lit_ft.test_memory import llama
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 

@@ -16,6 +16,8 @@ import pytest
 from tests import tiny
 from tests.lit_ft.made import Export, adapter, bases, export, left, published, said
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bases", "export"]
 
 TARGETS = ("lora", "merged", "gguf")
@@ -305,7 +307,6 @@ def test_only_the_output_is_left_behind(export: Export, lora: Path, bases: dict[
     assert Path("made/out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("args", [["to=onnx"], ["adapter=./nothing", "to=merged", "output=out"], []])
 def test_a_mistake_is_told_at_once(args: list[str], tmp_path: Path) -> None:
     """Before torch is loaded, of which Python would tell."""
@@ -322,7 +323,6 @@ def test_a_mistake_is_told_at_once(args: list[str], tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-@pytest.mark.slow
 def test_the_command_as_it_is_started(bases: dict[str, Path], lora: Path, tmp_path: Path) -> None:
     """In a process of its own, from a folder without the project."""
     (work := tmp_path / "elsewhere").mkdir()

@@ -14,6 +14,8 @@ from lit_ft.exporting import gguf as writing
 from tests import tiny
 from tests.lit_ft.made import Export, adapter, bases, export, left, logits, said
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bases", "export"]
 
 MERGES = ["Ġ t", "h e", "i n", "Ġt he", "e r", "o n", "Ġ a", "a n", "Ġa n", "in g", "1 2", "Ġ 1"]

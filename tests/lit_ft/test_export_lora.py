@@ -22,6 +22,8 @@ from tests.lit_ft.made import (
     said,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bases", "export"]
 
 KINDS = ("llama", "qwen2", "gpt2")
@@ -249,7 +251,6 @@ def test_an_embedding_has_no_plain_form(export: Export, bases: dict[str, Path], 
     assert left(Path()) == []
 
 
-@pytest.mark.slow
 def test_the_installed_vllm_takes_what_is_exported(export: Export, bases: dict[str, Path], tmp_path: Path) -> None:
     """vLLM's own check of an adapter's configuration, before and after."""
     helper = pytest.importorskip("vllm.lora.peft_helper").PEFTHelper

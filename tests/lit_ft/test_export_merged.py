@@ -13,6 +13,8 @@ from lit_ft.adapter import Base, Draft, publish
 from tests import tiny
 from tests.lit_ft.made import Export, adapter, bases, export, left, logits, published, said
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bases", "export"]
 
 

@@ -26,6 +26,8 @@ from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft.test_votes import Vote, write_store
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Outcome]
 FEW = ("data.max_rows=12", "data.max_val_rows=2", "data.batch_size=4", "logger=none", "trainer.precision=32-true")
 
@@ -454,7 +456,6 @@ def test_every_kind_is_known_here() -> None:
     assert set(KINDS) == {"lora", "rslora", "lora_plus", "dora", "pissa", "qlora", "adalora", "ia3", "full"}
 
 
-@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--tiny", "--cases", "SFT, LoRA, 2 rows"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
