@@ -93,9 +93,9 @@ def why_not_servable(model: Any) -> str | None:
         return "it is a whole model, not an adapter: serve it as a base of its own (model=FOLDER)"
     config = next(iter(model.peft_config.values()))
     if config.peft_type != "LORA":
-        return f"vLLM serves LoRA only, this is {config.peft_type.value}"
+        return f"vLLM serves LoRA only, this is {config.peft_type.value}: merge it, python -m lit_ft.export to=merged"
     if getattr(config, "use_dora", False):
-        return "vLLM does not serve DoRA"
+        return "vLLM does not serve DoRA: python -m lit_ft.export to=lora makes the nearest LoRA, to=merged a model"
     if config.modules_to_save:
         return "vLLM does not serve adapters with whole modules (modules_to_save)"
     if config.bias != "none":

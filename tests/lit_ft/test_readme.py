@@ -19,7 +19,12 @@ import pytest
 from lit_ft import adapter
 from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
+from tests.lit_ft import test_export_gguf
+from tests.lit_ft.made import export, published
+from tests.lit_ft.test_preview import preview
 from tests.lit_ft.test_votes import questions, write_store
+
+__all__ = ["export", "preview"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +33,8 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 TRAINING = [c.removeprefix("python -m lit_ft ") for c in COMMANDS if c.startswith("python -m lit_ft ")]
 SERVING = [c.removeprefix("python -m serve").strip() for c in COMMANDS if re.match(r"python -m serve( |$)", c)]
 ACCOUNTS = [c.removeprefix("python -m serve.accounts ") for c in COMMANDS if c.startswith("python -m serve.accounts ")]
+PREVIEW = [c.removeprefix("python -m lit_ft.preview ") for c in COMMANDS if c.startswith("python -m lit_ft.preview ")]
+EXPORT = [c.removeprefix("python -m lit_ft.export ") for c in COMMANDS if c.startswith("python -m lit_ft.export ")]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none")
 
@@ -80,6 +87,27 @@ def test_resume_command(
         assert cli("+experiment=sft", f"model.id={llama_folder}", *TINY).code == 130
     outcome = cli(*shlex.split(command), f"model.id={llama_folder}", *TINY)
     assert outcome.code == 0 and outcome.out == "adapters/support/v1\n", outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PREVIEW)
+def test_preview_command(preview: Callable[..., Outcome], llama_folder: Path, command: str) -> None:
+    outcome = preview(*shlex.split(command), f"model.id={llama_folder}", *TINY)
+    assert outcome.code == 0, outcome.err
+    assert Path("preview.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_export_commands(export: Callable[..., Outcome], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    test_export_gguf.model("llama").save_pretrained(base)
+    for folder in (base, published(Path("adapters"), base, "dora")[0].path):
+        test_export_gguf.tokenizer().save_pretrained(folder)
+    assert len(EXPORT) == 4
+    for command in EXPORT:
+        outcome = export(*shlex.split(command))
+        assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in Path("exported").iterdir()) == ["gguf", "lora", "merged"]
 
 
 def test_help(tmp_path: Path) -> None:
