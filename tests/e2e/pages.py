@@ -58,6 +58,10 @@ def serving(parts: Parts, title: str = "Support desk", port: int = 0, **settings
             failed.append(error)
             started.set()
         finally:
+            # As asyncio.run does: what Gradio leaves running would complain in the midst of a later test.
+            for task in (left := asyncio.all_tasks(loop)):
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             loop.close()
 
     thread = threading.Thread(target=run, daemon=True)

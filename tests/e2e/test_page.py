@@ -349,7 +349,7 @@ def hostile_visit(browser: Browser, parts_of_hostile: Parts) -> Iterator[Visit]:
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 200_000, "<" * 50_000, "`" * 50_000, "[" * 20_000, "*a*" * 20_000, ">" * 5_000, "\n" * 50_000 + "end"],
+    ["x" * 200_000, "<" * 50_000, "`" * 50_000, "[" * 20_000, "*a*" * 5_000, ">" * 5_000, "\n" * 50_000 + "end"],
     ids=["one line", "angles", "ticks", "brackets", "stars", "quotes", "empty lines"],
 )
 def test_a_huge_reply_does_not_stop_the_page(hostile_visit: Visit, hostile_stub: Stub, text: str) -> None:
