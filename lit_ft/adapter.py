@@ -299,21 +299,6 @@ def find(root: Path, ref: str) -> Adapter:
     return read(folders[-1][1])
 
 
-def newest(
-    root: Path, name: str, algorithm: str, on_broken: Callable[[str], None] = lambda reason: None
-) -> Adapter | None:
-    """The newest readable version of `name` that `algorithm` made, or None; `on_broken` hears what is passed over."""
-    for _, _, path in reversed(version_folders(root, name)):
-        try:
-            adapter = read(path)
-        except AdapterError as error:
-            on_broken(str(error))
-            continue
-        if adapter.card.algorithm == algorithm:
-            return adapter
-    return None
-
-
 def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
     """Publish a new version of `draft.name` under `root`.
 
@@ -337,9 +322,9 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 weights_sha256=digest,
             )
-            (staging / CARD).write_text(_as_json(card), "utf-8")
+            (staging / CARD).write_text(as_json(card), "utf-8")
             (staging / "README.md").write_text(model_card(card), "utf-8")
-            _flush_all(staging)
+            flush_all(staging)
             target = root / name / f"v{card.version}"
             target.parent.mkdir(exist_ok=True)
             try:
@@ -353,7 +338,7 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
                 _flush(root)
             return Adapter(path=target, card=card)
     except Exception as error:
-        if (reason := _system_reason(error)) is None:
+        if (reason := system_reason(error)) is None:
             raise
         raise UserError(
             f"The adapter could not be published in {root}: {reason}. Nothing was left there. "
@@ -364,7 +349,7 @@ def publish(root: Path, draft: Draft, write: Callable[[Path], None]) -> Adapter:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _as_json(card: Card) -> str:
+def as_json(card: Card) -> str:
     """The content of card.json; a list of numbers takes one line, and not one line per number."""
     text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
     # No text of the card can look like that: a line break inside of it is written as \n.
@@ -377,7 +362,7 @@ def _taken(folder: Path) -> list[int]:
     return [int(match.group(1)) for match in map(_VERSION.fullmatch, names) if match]
 
 
-def _system_reason(error: Exception) -> str | None:
+def system_reason(error: Exception) -> str | None:
     """What the operating system complained of, also where a library in Rust (safetensors) quotes it; else None."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -385,7 +370,7 @@ def _system_reason(error: Exception) -> str | None:
     return os.strerror(int(quoted.group(1))) if quoted else None
 
 
-def _flush_all(folder: Path) -> None:
+def flush_all(folder: Path) -> None:
     for path in folder.rglob("*"):
         _flush(path)
     _flush(folder)

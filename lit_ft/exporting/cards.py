@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lit_ft.adapter import CARD, Base, Card, _as_json, check_name, model_card, weights_sha256
+from lit_ft.adapter import CARD, Base, Card, as_json, check_name, model_card, weights_sha256
 from lit_ft.errors import UserError
 from lit_ft.exporting.source import Source, hub_id
 
@@ -71,7 +71,7 @@ def write_card(
         if not metrics:
             changes["metrics"] = {}
         card = dataclasses.replace(source.card, **changes)
-    (folder / CARD).write_text(_as_json(card), encoding="utf-8")
+    (folder / CARD).write_text(as_json(card), encoding="utf-8")
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
 
 

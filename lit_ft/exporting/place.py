@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lit_ft.adapter import _flush_all, _system_reason
+from lit_ft.adapter import flush_all, system_reason
 from lit_ft.errors import UserError
 
 
@@ -35,14 +35,14 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        _flush_all(staging)
+        flush_all(staging)
         check_free(output)  # rename would take the place of an empty folder
         staging.rename(output)
         done = True
     except UserError:
         raise
     except Exception as error:
-        if (reason := _system_reason(error)) is None:
+        if (reason := system_reason(error)) is None:
             raise
         raise UserError(
             f"{output} could not be written: {reason}. Nothing was left there. Free some space or choose another place "

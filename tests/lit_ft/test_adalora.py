@@ -25,7 +25,8 @@ from lit_ft.callbacks.adapter_kind import FollowKind
 from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.errors import UserError
 from lit_ft.models import adapt
-from lit_ft.models.kinds.adalora import AdaLora, Schedule, adalora_layers, heatmap, keep_most_important, table
+from lit_ft.models.kinds.adalora import AdaLora, Schedule, heatmap, keep_most_important, table
+from lit_ft.models.kinds.base import lora_layers
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import DPOModule, SFTModule
 from lit_ft.modules.base import FineTuneModule
@@ -186,7 +187,7 @@ def test_the_ranks_left_are_the_budget(name: str, init_r: int, target_r: int, se
             weight.grad = torch.randn(weight.shape, generator=generator) if step > 2 else torch.zeros_like(weight)
         kind.after_step(model, step)
     assert sum(kind.ranks().values()) == target_r * WEIGHTS[name] and len(kind.ranks()) == WEIGHTS[name]
-    for module, layer in adalora_layers(model):
+    for module, layer in lora_layers(model):
         values = layer.lora_E["default"][:, 0]
         assert int((values != 0).sum()) == kind.ranks()[module]
 
@@ -255,7 +256,7 @@ def test_the_penalty_by_hand() -> None:
     kind, model = adapted(
         init_r=2, target_r=1, target_modules=r"model\.layers\.0\.self_attn\.q_proj", orth_reg_weight=0.5
     )
-    ((_, layer),) = adalora_layers(model)
+    ((_, layer),) = lora_layers(model)
     for part in (layer.lora_A["default"], layer.lora_B["default"]):
         part.data.zero_()
     layer.lora_A["default"].data[0, 0], layer.lora_A["default"].data[1, 3] = 1.0, 2.0
@@ -393,7 +394,7 @@ def test_the_table_by_hand() -> None:
 def test_weights_whose_names_end_alike_have_columns_of_their_own() -> None:
     """GPT-2 has a `c_proj` in its attention and one in its MLP."""
     _, model = adapted("gpt2")
-    ranks = {name: k for k, (name, _) in enumerate(adalora_layers(model))}
+    ranks = {name: k for k, (name, _) in enumerate(lora_layers(model))}
     head, *rows, last = table(ranks).splitlines()
     assert head.split() == ["layer", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "sum"]
     assert [row.split() for row in rows] == [["0", "0", "1", "2", "3", "6"], ["1", "4", "5", "6", "7", "22"]]
@@ -402,7 +403,7 @@ def test_weights_whose_names_end_alike_have_columns_of_their_own() -> None:
 
 def test_the_picture_shows_every_rank_in_its_place() -> None:
     _, model = adapted("gpt2")
-    ranks = {name: k for k, (name, _) in enumerate(adalora_layers(model))}
+    ranks = {name: k for k, (name, _) in enumerate(lora_layers(model))}
     root = ElementTree.fromstring(heatmap(ranks, 8))
     width = float(root.attrib["width"])
     texts = [one for one in root.iter() if one.tag.endswith("text")]

@@ -25,7 +25,6 @@ from lit_ft.adapter import (
     Draft,
     check_name,
     find,
-    newest,
     publish,
     read,
     scan,
@@ -318,19 +317,6 @@ def test_find_takes_the_newest_or_the_one_named(tmp_path: Path) -> None:
             find(tmp_path, ref)
     with pytest.raises(AdapterError, match="There are none yet"):
         find(tmp_path / "missing", "support")
-
-
-def test_newest_looks_at_the_algorithm_and_passes_over_broken_ones(tmp_path: Path) -> None:
-    assert newest(tmp_path, "support", "sft") is None
-    publish(tmp_path, draft(), write)
-    publish(tmp_path, draft(algorithm="dpo"), write)
-    publish(tmp_path, draft(), write)
-    found = newest(tmp_path, "support", "sft")
-    assert found is not None and found.ref == "support@v3"
-    (tmp_path / "support" / "v3" / "card.json").unlink()
-    found = newest(tmp_path, "support", "sft")
-    assert found is not None and found.ref == "support@v1"
-    assert newest(tmp_path, "support", "reward") is None
 
 
 def test_scan_sorts_and_ignores_what_is_no_version(tmp_path: Path) -> None:

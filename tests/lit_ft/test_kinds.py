@@ -22,7 +22,8 @@ from lit_ft.errors import UserError
 from lit_ft.models.adapt import save_trained
 from lit_ft.models.canary import canary
 from lit_ft.models.kinds import KINDS, AdapterKind
-from lit_ft.models.kinds.adalora import AdaLora, adalora_layers
+from lit_ft.models.kinds.adalora import AdaLora
+from lit_ft.models.kinds.base import lora_layers
 from lit_ft.models.kinds.full import Full
 from lit_ft.models.kinds.ia3 import IA3
 from lit_ft.models.kinds.lora import Dora, Lora, Pissa
@@ -197,7 +198,7 @@ def test_adalora_s_conversion_is_exact_with_ranks_taken(architecture: str, tmp_p
     ranks = kind.ranks().values()
     assert min(ranks) == 0 and max(ranks) > 2
     wanted = logits(model)
-    deltas = {key: layer.get_delta_weight("default").detach() for key, layer in adalora_layers(model)}
+    deltas = {key: layer.get_delta_weight("default").detach() for key, layer in lora_layers(model)}
     done = kind.published(model)
     save_trained(done.model, tmp_path / "one")
     again = by_peft(tmp_path / "one", architecture)

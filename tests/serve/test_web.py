@@ -100,9 +100,9 @@ def test_a_login_stands_before_the_pages_and_a_key_before_the_endpoint(parts: Pa
         assert client.get("/config").status_code == 200
 
 
-def test_a_login_ends_when_its_account_is_removed(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, TestClient, TestClient]]:
+    """The file of users, and Ann and Bob, who have logged in."""
     monkeypatch.setattr(web.LoggedOut, "INTERVAL_S", 0.0)
     users = tmp_path / "users.txt"
     for name in ("ann", "bob"):
@@ -112,30 +112,25 @@ def test_a_login_ends_when_its_account_is_removed(
         for name, client in (("ann", ann), ("bob", bob)):
             client.post("/login", data={"username": name, "password": "correct horse"})
             assert client.get("/config").status_code == 200
-        accounts.remove(users, "bob")
-        assert bob.get("/config").status_code == 401
-        assert bob.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
-        assert ann.get("/config").status_code == 200
+        yield users, ann, bob
 
 
-def test_a_login_ends_when_its_password_is_changed(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_login_ends_when_its_account_is_removed(two: tuple[Path, TestClient, TestClient]) -> None:
+    users, ann, bob = two
+    accounts.remove(users, "bob")
+    assert bob.get("/config").status_code == 401
+    assert bob.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
+    assert ann.get("/config").status_code == 200
+
+
+def test_a_login_ends_when_its_password_is_changed(two: tuple[Path, TestClient, TestClient]) -> None:
     """Whoever knows the old one may be why it was changed."""
-    monkeypatch.setattr(web.LoggedOut, "INTERVAL_S", 0.0)
-    users = tmp_path / "users.txt"
-    for name in ("ann", "bob"):
-        accounts.add(users, name, "correct horse")
-    built = assembled(parts, users=str(users))
-    with TestClient(built, base_url=HOME) as ann, TestClient(built, base_url=HOME) as bob:
-        for name, client in (("ann", ann), ("bob", bob)):
-            client.post("/login", data={"username": name, "password": "correct horse"})
-            assert client.get("/config").status_code == 200
-        accounts.add(users, "bob", "battery staple")
-        assert bob.get("/config").status_code == 401
-        assert ann.get("/config").status_code == 200
-        bob.post("/login", data={"username": "bob", "password": "battery staple"})
-        assert bob.get("/config").status_code == 200
+    users, ann, bob = two
+    accounts.add(users, "bob", "battery staple")
+    assert bob.get("/config").status_code == 401
+    assert ann.get("/config").status_code == 200
+    bob.post("/login", data={"username": "bob", "password": "battery staple"})
+    assert bob.get("/config").status_code == 200
 
 
 def test_bodies_that_are_too_large_are_refused(parts: Parts) -> None:

@@ -23,6 +23,7 @@ from lit_ft.models.kinds.base import (
     config_in,
     default_config,
     loaded,
+    lora_layers,
     why_not_among,
 )
 
@@ -141,7 +142,7 @@ class AdaLora(AdapterKind):
 
     def begin(self, model: Any) -> Any:
         made = adapted(model, self.config())
-        layers = adalora_layers(made)
+        layers = lora_layers(made)
         for _, layer in layers:  # PEFT makes it trainable where it casts it, as above a base in half precision
             layer.ranknum["default"].requires_grad_(False)
         self._weights = len(layers)
@@ -162,14 +163,14 @@ class AdaLora(AdapterKind):
         config = config_in(folder)
         plain = loaded(model, folder, config)
         triplets = {}
-        for name, layer in adalora_layers(plain):
+        for name, layer in lora_layers(plain):
             a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
             triplets[name] = (*singular(a, b), layer.scaling["default"])
         targets = config.target_modules
         self.target_modules = targets if isinstance(targets, str) else sorted(targets)
         made = self.begin(plain.unload())
         with torch.no_grad():
-            for name, layer in adalora_layers(made):
+            for name, layer in lora_layers(made):
                 p, s, q, scaling = triplets[name]
                 rank = len(s)
                 layer.lora_B["default"][:, :rank] = p
@@ -197,7 +198,7 @@ class AdaLora(AdapterKind):
         """
         if not self.orth_reg_weight:
             return None
-        layers = adalora_layers(model)
+        layers = lora_layers(model)
         vectors = [one for _, layer in layers for one in (layer.lora_A["default"], layer.lora_B["default"].T)]
         device = vectors[0].device.type
         # Mixed precision would round what is to be 0 or 1 to three digits.
@@ -208,7 +209,7 @@ class AdaLora(AdapterKind):
     def after_step(self, model: Any, step: int) -> None:
         if self.steps is None:
             raise RuntimeError("the run's number of steps is not known yet")
-        layers = adalora_layers(model)
+        layers = lora_layers(model)
         budget = self.steps.at(step)
         settled = step > self.steps.settled and sum(self.ranks().values()) == budget
         if step < self.steps.settled or not (settled or self._importance):
@@ -250,7 +251,7 @@ class AdaLora(AdapterKind):
 
     def published(self, model: Any) -> Published:
         factors = {}
-        for name, layer in adalora_layers(model):
+        for name, layer in lora_layers(model):
             a, e, b = (getattr(layer, part)["default"].detach().cpu() for part in ("lora_A", "lora_E", "lora_B"))
             kept = self._kept[name].cpu() if self._kept else torch.ones(len(a), dtype=torch.bool)
             factors[name] = adalora_factors(a, e, b, kept, _scaling(layer))
@@ -286,15 +287,6 @@ def keep_most_important(scores: Mapping[str, Tensor], budget: int) -> dict[str, 
     kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     kept[torch.argsort(flat, descending=True, stable=True)[:budget]] = True
     return dict(zip(scores, kept.split([len(one) for one in scores.values()]), strict=True))
-
-
-def adalora_layers(model: Any) -> list[tuple[str, Any]]:
-    """Every adapted layer and its name below PEFT's wrapping."""
-    return [
-        (name, module)
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    ]
 
 
 def _scaling(layer: Any) -> float:

@@ -264,3 +264,12 @@ def add_(weight: Tensor, delta: Tensor) -> None:
     """Add to a weight in place, in float32, and round once."""
     with torch.no_grad():
         weight.copy_((weight.float() + delta.float()).to(weight.dtype))
+
+
+def lora_layers(model: Any) -> list[tuple[str, Any]]:
+    """Every layer with LoRA's or AdaLoRA's factors and its name below PEFT's wrapping."""
+    return [
+        (name, module)
+        for name, module in model.get_base_model().named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    ]

@@ -21,6 +21,7 @@ from lit_ft.models.kinds.base import (
     config_in,
     default_config,
     loaded,
+    lora_layers,
     why_not_among,
 )
 from lit_ft.models.lora import use_fused_lora
@@ -219,12 +220,3 @@ class Pissa(Lora):
 def apply_lora(model: Any, **settings: Any) -> Any:
     """`model` with a new LoRA adapter; the settings are those of `Lora`, whose defaults hold."""
     return Lora(**settings).begin(model)
-
-
-def lora_layers(model: Any) -> list[tuple[str, Any]]:
-    """Every adapted linear layer and its name below PEFT's wrapping."""
-    return [
-        (name, module)
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    ]
