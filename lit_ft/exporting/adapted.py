@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_ft.adapter import ADAPTER_WEIGHTS
 from lit_ft.errors import UserError
 from lit_ft.exporting.source import Base, Source, takes_from_base, tokenizer_files
-from lit_ft.models.kinds.base import config_in, lora_layers
+from lit_ft.models.kinds.base import config_in
 from lit_ft.models.load import load_config, load_model
 
 
@@ -131,6 +131,11 @@ def load_adapted(source: Source, base: Base) -> Adapted:
             f"{source.name} does not fit {base.id}: they do not agree on {lost[0]} and {len(lost) - 1} more."
         )
     return Adapted(made.float(), began)
+
+
+def lora_layers(model: Any) -> list[tuple[str, Any]]:
+    """Every layer with a LoRA, DoRA or AdaLoRA and its name below PEFT's wrapping; embeddings, too, to refuse them."""
+    return [(name, module) for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
 
 
 def _beginning(model: Any, source: Source) -> dict[str, tuple[Tensor, Tensor]]:

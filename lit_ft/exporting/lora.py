@@ -170,7 +170,7 @@ def _check_layers(source: Source, adapted: Adapted) -> None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from lit_ft.models.kinds.base import lora_layers
+    from lit_ft.exporting.adapted import lora_layers
 
     for name, layer in lora_layers(adapted.model):
         if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
@@ -193,9 +193,9 @@ def converted(source: Source, adapted: Adapted, rank: int | None, way: Way) -> C
     Raises:
         UserError: exact ones have a rank that vLLM does not take.
     """
+    from lit_ft.exporting.adapted import lora_layers
     from lit_ft.models import convert
     from lit_ft.models.adapt import MAX_SERVABLE_RANK
-    from lit_ft.models.kinds.base import lora_layers
 
     layers = dict(lora_layers(adapted.model))
     if way == "nearest":
