@@ -70,8 +70,10 @@ def first_lines(
     say(f"training   {cfg.data.path}: {data.summary()}")
     say(f"held out   {val.summary() if val else 'nothing'}")
     example = data.examples[0]
-    if len(example.completions) > 1:
-        say("example    the trained parts between ⟦ ⟧, chosen then rejected:")
+    if not example.completions:
+        say("example    a prompt:")
+    elif len(example.completions) > 1:
+        say("example    the trained parts between ⟦ ⟧, the preferred one first:")
     else:
         say("example    the trained part between ⟦ ⟧:")
     say("  | " + show(tokenizer, example).replace("\n", "\n  | "))
@@ -84,9 +86,3 @@ def devices_line(cfg: Config, model: Any, ranks: Ranks) -> str:
     return (
         f"devices    {ranks.size} processes, {kind}: each holds {held / 1e6:,.1f} of {whole / 1e6:,.1f} MB of weights"
     )
-
-
-def metric_line(metrics: Any) -> str:
-    """The held-out metrics that say most, or that there are none."""
-    wanted = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
-    return ", ".join(f"eval/{k} {metrics[f'eval/{k}']:.4f}" for k in wanted if f"eval/{k}" in metrics) or "no metrics"

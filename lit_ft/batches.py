@@ -8,9 +8,9 @@ has one row per completion. Both say the same of their targets, so that losses n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,16 +34,21 @@ class Completion:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with one or more completions.
+    """A prompt with its completions: one or more, or none where the model is to make them.
 
-    `index` is its place in the data set. `reference` holds one summed log-probability per completion under the
-    reference model, where an algorithm needs it.
+    Attributes:
+        index: its place in the data set.
+        reference: one summed log-probability per completion under the reference model, where an algorithm needs it.
+        margin: by how much a preferred completion should win, where the data say so.
+        row: the row of the data, where an algorithm needs it.
     """
 
     prompt: tuple[int, ...]
     completions: tuple[Completion, ...]
     index: int = 0
     reference: tuple[float, ...] | None = None
+    margin: float | None = None
+    row: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -53,7 +58,7 @@ class Example:
     @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest completion: what the model's context must hold."""
-        return len(self.prompt) + max(len(c.ids) for c in self.completions)
+        return len(self.prompt) + max((len(c.ids) for c in self.completions), default=0)
 
     @property
     def targets(self) -> int:
@@ -87,9 +92,12 @@ class Batch:
         target_ids: `(N,)` the token predicted there.
         target_completion: `(N,)` which of the C completions the target belongs to.
         completion_lengths: `(C,)` number of completion tokens that are targets.
+        completion_ends: `(C,)` index into the flattened `B·T` hidden states: where each completion's last token lies,
+            target or not; of an empty completion the token before it.
         completions_per_example: `(E,)`; completions of an example stand together, in the data's order.
         examples: `(E,)` place of each example in the data set.
         reference: `(C,)` summed reference log-probabilities, or None.
+        margins: `(E,)` by how much preferred completions should win, or None.
         tokens: tokens of the data set in this batch, prompts counted with each completion.
     """
 
@@ -101,9 +109,11 @@ class Batch:
     target_ids: Tensor
     target_completion: Tensor
     completion_lengths: Tensor
+    completion_ends: Tensor
     completions_per_example: Tensor
     examples: Tensor
     reference: Tensor | None
+    margins: Tensor | None
     tokens: int
 
     @property
@@ -113,6 +123,12 @@ class Batch:
     @property
     def num_examples(self) -> int:
         return len(self.completions_per_example)
+
+    def margins_of(self, pairs: Tensor) -> Tensor | None:
+        """`(P,)` the margins of pairs of completions `(P, 2)`, each that of its example; None if there are none."""
+        if self.margins is None:
+            return None
+        return self.margins.repeat_interleave(self.completions_per_example)[pairs[:, 0]]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with all its tensors on `device` (Lightning calls this)."""
@@ -142,6 +158,23 @@ class Window:
         return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What one iteration of reinforcement learning begins with.
+
+    Attributes:
+        examples: the prompts of this process, without completions; `index` is the row in the data.
+        total: prompts of the iteration over all processes.
+    """
+
+    examples: tuple[Example, ...]
+    total: int
+
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same prompts."""
+        return self
+
+
 def pack(examples: Sequence[Example], *, across: bool = True) -> Batch:
     """One row without padding, in which common beginnings of prompts (from `SHARED_FROM` tokens on) stand once.
 
@@ -154,7 +187,7 @@ def pack(examples: Sequence[Example], *, across: bool = True) -> Batch:
     for example, places in zip(examples, row.places, strict=True):
         for completion, (before, start) in zip(example.completions, places, strict=True):
             # The first completion token is predicted by the prompt's last one, the others by the token before them.
-            targets.add(completion, [before, *range(start, start + len(completion.ids) - 1)])
+            targets.add(completion, [before, *range(start, start + len(completion.ids) - 1)], start)
     return Batch(
         input_ids=torch.tensor([row.ids]),
         position_ids=torch.tensor([row.positions]),
@@ -177,7 +210,7 @@ def pad(examples: Sequence[Example], pad_id: int, extra: int = 0) -> Batch:
         mask[row, : len(ids)] = 1
         first = row * width + len(example.prompt) - 1
         before = [first if example.prompt else -1, *range(first + 1, first + len(completion.ids))]
-        targets.add(completion, before)
+        targets.add(completion, before, row * width + len(example.prompt))
     positions = torch.arange(width).expand(len(rows), width).contiguous()
     return Batch(
         input_ids=input_ids,
@@ -277,24 +310,30 @@ class _Targets:
         self.ids: list[int] = []
         self.completion: list[int] = []
         self.lengths: list[int] = []
+        self.ends: list[int] = []
 
-    def add(self, completion: Completion, before: Sequence[int]) -> None:
+    def add(self, completion: Completion, before: Sequence[int], start: int) -> None:
+        """A completion that begins at `start`; `before` holds the place before each of its tokens, -1 for none."""
         chosen = [k for k, trained in enumerate(completion.mask) if trained and before[k] >= 0]
         self.sources.extend(before[k] for k in chosen)
         self.ids.extend(completion.ids[k] for k in chosen)
         self.completion.extend([len(self.lengths)] * len(chosen))
         self.lengths.append(len(chosen))
+        self.ends.append(start + len(completion.ids) - 1 if completion.ids else before[0])
 
     def tensors(self, examples: Sequence[Example]) -> dict[str, Any]:
         known = [example.reference for example in examples]
         flat = [value for values in known if values is not None for value in values]
+        margins = [example.margin for example in examples]
         return {
             "target_sources": torch.tensor(self.sources, dtype=torch.long),
             "target_ids": torch.tensor(self.ids, dtype=torch.long),
             "target_completion": torch.tensor(self.completion, dtype=torch.long),
             "completion_lengths": torch.tensor(self.lengths),
+            "completion_ends": torch.tensor(self.ends, dtype=torch.long),
             "completions_per_example": torch.tensor([len(example.completions) for example in examples]),
             "examples": torch.tensor([example.index for example in examples]),
             "reference": torch.tensor(flat) if len(flat) == len(self.lengths) else None,
+            "margins": None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
             "tokens": sum(len(e.prompt) + len(c.ids) for e in examples for c in e.completions),
         }

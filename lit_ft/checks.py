@@ -7,11 +7,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lit_ft.config import Algorithm, Config, Strategy, trains_on_votes
+from lit_ft.config import Algorithm, Config, Rollout, Strategy, trains_on_votes
 from lit_ft.distributed import rank, started_by_others
 from lit_ft.errors import UserError
 
 SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})
+# Algorithms that make the completions they learn from.
+ONLINE = frozenset({Algorithm.ppo, Algorithm.grpo})
 
 
 def check_settings(cfg: Config) -> int:
@@ -95,7 +97,7 @@ def _check_votes(cfg: Config) -> None:
     """What can be said of votes before it is known which model they must be on."""
     from lit_ft.data.votes import check_store
 
-    if cfg.algorithm.kind is not Algorithm.dpo:
+    if cfg.algorithm.kind is Algorithm.sft:
         raise UserError(
             f"data=votes holds preferences, which algorithm={cfg.algorithm.kind.value} cannot use: add +experiment=dpo "
             "(or algorithm=dpo)."
@@ -120,6 +122,7 @@ def _check_kind(cfg: Config) -> None:
             f"strategy=fsdp_tp cannot split the layers that peft={name} goes on: use strategy=fsdp, or peft=lora with "
             "strategy=fsdp_tp."
         )
+    _check_roles(cfg, name, kind)
     if kind.scheduled:
         ends = {"trainer.early_stopping": cfg.trainer.early_stopping}
         if OmegaConf.is_dict(cfg.trainer.extra):
@@ -131,6 +134,70 @@ def _check_kind(cfg: Config) -> None:
                     f"of steps beforehand. Leave {key} out and set trainer.max_steps or trainer.max_epochs; the best "
                     "weights after the last rank was taken are published anyway. Or use peft=lora."
                 )
+
+
+def _check_roles(cfg: Config, name: str, kind: Any) -> None:
+    """What judges and online algorithms ask: several adapters on one base, which is whole on every device."""
+    algorithm = cfg.algorithm.kind
+    if algorithm not in ONLINE | {Algorithm.reward}:
+        return
+    if cfg.strategy.kind in SHARDED:
+        raise UserError(
+            f"strategy={cfg.strategy.kind.value} cannot shard algorithm={algorithm.value}, where states that scalar "
+            "heads read, and completions that are made token by token, need the whole model: use strategy=ddp."
+        )
+    if not kind.lora:
+        raise UserError(
+            f"algorithm={algorithm.value} keeps its models as LoRA adapters on one base, and peft={name} is none: use "
+            "peft=lora (or rslora, lora_plus, dora, qlora)."
+        )
+    if algorithm in ONLINE:
+        if not kind.beside_others:
+            raise UserError(
+                f"algorithm={algorithm.value} trains the policy while its reference, its value model and its judge "
+                f"stand on the same base, which peft={name} cannot: use peft=lora (or rslora, lora_plus, dora, qlora)."
+            )
+        _check_online(cfg)
+
+
+def _check_online(cfg: Config) -> None:
+    """Settings of PPO and GRPO that can be judged before anything is loaded."""
+    from lit_ft.rewards.base import parse_rewards
+
+    parse_rewards("reward", cfg.reward)
+    if cfg.judge is not None:
+        parse_rewards("judge", cfg.judge)
+    if cfg.rollout is None:
+        raise UserError("Nothing makes completions: add +rollout=transformers (or +rollout=vllm).")
+    processes = devices_here(cfg.trainer.accelerator, cfg.trainer.devices) * cfg.trainer.num_nodes
+    if cfg.rollout.kind is Rollout.vllm and processes > 1:
+        raise UserError(
+            f"rollout=vllm is one engine for one process, and there are {processes}: use rollout=transformers, where "
+            "each makes its own share."
+        )
+    _check_horizon(cfg)
+    room = cfg.data.max_length - cfg.algorithm.max_new_tokens  # type: ignore[attr-defined]
+    if room < 1:
+        raise UserError(
+            f"algorithm.max_new_tokens={cfg.algorithm.max_new_tokens} leaves no room for prompts within "  # type: ignore[attr-defined]
+            f"data.max_length={cfg.data.max_length}: lower the first or raise the second."
+        )
+
+
+def _check_horizon(cfg: Config) -> None:
+    """An iteration must not be so long beside the horizon that the KL coefficient could change its sign."""
+    from lit_ft.losses.ppo import MAX_PROPORTIONAL_ERROR
+
+    algorithm: Any = cfg.algorithm
+    if algorithm.kind is not Algorithm.ppo or algorithm.kl_target is None:
+        return
+    completions = cfg.data.batch_size * algorithm.num_generations
+    if completions * MAX_PROPORTIONAL_ERROR >= algorithm.kl_horizon:
+        raise UserError(
+            f"algorithm.kl_horizon={algorithm.kl_horizon:g} is too short: an iteration has {completions} completions "
+            "(data.batch_size × algorithm.num_generations), and the coefficient would change by more than itself. "
+            f"Choose one above {completions * MAX_PROPORTIONAL_ERROR:g}; 10000 is usual."
+        )
 
 
 def _check_strategy(cfg: Config, processes: int) -> None:

@@ -12,6 +12,9 @@ from omegaconf import MISSING, OmegaConf
 class Algorithm(Enum):
     sft = "sft"
     dpo = "dpo"
+    reward = "reward"
+    ppo = "ppo"
+    grpo = "grpo"
 
 
 class Peft(Enum):
@@ -51,6 +54,35 @@ class LossType(Enum):
 class Reference(Enum):
     initial = "initial"
     base = "base"
+
+
+class KLKind(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class ValueFrom(Enum):
+    zero = "zero"
+    reward = "reward"
+
+
+class GRPOLossType(Enum):
+    grpo = "grpo"
+    bnpo = "bnpo"
+    dr_grpo = "dr_grpo"
+    dapo = "dapo"
+
+
+class ScaleRewards(Enum):
+    group = "group"
+    batch = "batch"
+    none = "none"
+
+
+class Rollout(Enum):
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 class Strategy(Enum):
@@ -113,7 +145,7 @@ class AdaLoraConfig(PeftConfig):
     """Ranks per weight at the beginning."""
     target_r: int = 16
     """Ranks per weight, on average, at the end."""
-    alpha: int = 32
+    alpha: int = 64
     dropout: float = 0.0
     target_modules: Any = "all-linear"
     tinit: float = 0.1
@@ -165,6 +197,94 @@ class DPOConfig(AlgorithmConfig):
     """Probability that a label is wrong (conservative DPO); with loss_type=sigmoid."""
     reference: Reference = Reference.initial
     """`initial`: the policy as it was loaded, adapter included. `base`: the model below every adapter."""
+
+
+@dataclass
+class RewardConfig(AlgorithmConfig):
+    kind: Algorithm = Algorithm.reward
+    learning_rate: float = 1e-4
+    center_rewards_coefficient: float = 0.0
+    """Weight of a term that keeps scores around 0 (Eisenstein et al. 2023, arXiv:2312.09244: 0.01)."""
+
+
+@dataclass
+class RolloutAlgorithmConfig(AlgorithmConfig):
+    """What PPO and GRPO have in common: each step is an iteration of completions, scores and updates."""
+
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.0
+    max_new_tokens: int = 64
+    """Tokens that a completion may have."""
+    temperature: float = 1.0
+    """Completions are drawn, and log-probabilities taken, at this temperature."""
+    num_generations: int = 1
+    """Completions per prompt."""
+    num_epochs: int = 4
+    """Times that each iteration's completions are trained on."""
+    num_mini_batches: int = 1
+    """Optimizer steps per such epoch."""
+    missing_eos_penalty: float | None = None
+    """Taken from the score of a completion that does not end (TRL's name)."""
+    reference: Reference = Reference.initial
+    """What KL is measured to: `initial`, the policy as it was loaded; `base`, the model below every adapter."""
+    ptx_coef: float = 0.0
+    """Weight of the loss on `ptx_path` in every optimizer step (InstructGPT's pretraining mix)."""
+    ptx_path: str | None = None
+    """Rows with answers, in any of the formats for SFT."""
+    ptx_batch_size: int = 4
+    """Of those rows, per optimizer step."""
+
+
+@dataclass
+class PPOConfig(RolloutAlgorithmConfig):
+    kind: Algorithm = Algorithm.ppo
+    adam_epsilon: float = 1e-5
+    kl_coef: float = 0.05
+    """Of the KL to the reference, per token (InstructGPT: 0.02; TRL: 0.05)."""
+    kl_target: float | None = None
+    """Nats of a completion's KL that the coefficient is adapted to (Ziegler et al. 2019: 6); null keeps it fixed."""
+    kl_horizon: float = 10_000
+    """Completions over which the adaptation takes effect."""
+    kl_estimator: KLKind = KLKind.k1
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    """Weight of the value model's loss."""
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    """To deviation 1, without shifting their mean."""
+    value_at_end: bool = True
+    """Values have one token more than the completion: the score is paid after the last one (Huang et al. 2024)."""
+    value_from: ValueFrom = ValueFrom.zero
+    """The value model begins at 0, or as the reward adapter (InstructGPT)."""
+
+
+@dataclass
+class GRPOConfig(RolloutAlgorithmConfig):
+    kind: Algorithm = Algorithm.grpo
+    num_generations: int = 8
+    num_epochs: int = 1
+    beta: float = 0.0
+    """Of the KL to the reference, in the loss (DeepSeekMath: 0.04; TRL: 0)."""
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    """The upper end of the clip range; null: as the lower one (DAPO: 0.28)."""
+    loss_type: GRPOLossType = GRPOLossType.dapo
+    scale_rewards: ScaleRewards = ScaleRewards.group
+
+
+@dataclass
+class RolloutConfig:
+    kind: Rollout = MISSING
+    max_tokens: int | None = None
+    """Tokens of the completions that are made at a time (transformers); null: 4096 on a CPU, 131072 on a GPU."""
+    gpu_memory_utilization: float = 0.4
+    """vLLM's share of the GPU, which training needs as well."""
+    retries: int = 2
+    """How often an engine that died is started again in one iteration."""
 
 
 @dataclass
@@ -292,6 +412,13 @@ class Config:
     trainer: TrainerConfig = MISSING
     strategy: StrategyConfig = MISSING
     logger: Any = None
+    rollout: RolloutConfig | None = None
+    """What makes completions for PPO and GRPO: `transformers`, or `vllm`, the engine of the server."""
+    reward: Any = None
+    """What scores them: a published judge (NAME or NAME@vN), a function (package.module:function), or a list of
+    {reward: …, weight: …}."""
+    judge: Any = None
+    """Another such, which scores held-out completions only: what the policy was not trained for."""
 
 
 def trains_on_votes(cfg: Config) -> bool:
@@ -314,6 +441,10 @@ def register_schemas() -> None:
     store.store(group="peft", name="ia3_schema", node=IA3Config)
     store.store(group="algorithm", name="sft_schema", node=SFTConfig)
     store.store(group="algorithm", name="dpo_schema", node=DPOConfig)
+    store.store(group="algorithm", name="reward_schema", node=RewardConfig)
+    store.store(group="algorithm", name="ppo_schema", node=PPOConfig)
+    store.store(group="algorithm", name="grpo_schema", node=GRPOConfig)
+    store.store(group="rollout", name="rollout_schema", node=RolloutConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="data", name="votes_schema", node=VotesConfig)
     store.store(group="trainer", name="trainer_schema", node=TrainerConfig)

@@ -67,5 +67,5 @@ def tell_launcher(last: Path | None) -> None:
 
 def how_to_go_on(last: Path, runs: Path) -> str:
     """What to tell somebody whose run left the checkpoint `last`; `runs` is where `resume=last` looks."""
-    shorter = " (or resume=last)" if last.resolve().parents[2:3] == [runs.resolve()] else ""
+    shorter = " (or resume=last)" if runs.resolve() in last.resolve().parents[2:3] else ""
     return f"Go on with the same command and resume={last}{shorter}."

@@ -163,11 +163,16 @@ class Preview:
         from lit_ft import adapter as folder
         from lit_ft import train
         from lit_ft.checkpoint import find_checkpoint
-        from lit_ft.data.chat import set_chat_template
+        from lit_ft.data.chat import ChatEncoder, set_chat_template
         from lit_ft.machine import choose_threads
         from lit_ft.models.load import load_tokenizer
         from lit_ft.models.precision import choose_precision
 
+        if cfg.algorithm.kind in (Algorithm.ppo, Algorithm.grpo):
+            raise UserError(
+                f"There is nothing to preview of algorithm={cfg.algorithm.kind.value}, whose completions do not "
+                "exist yet. A run of two iterations shows more: trainer.max_steps=2."
+            )
         self.cfg = cfg
         self.processes = devices * cfg.trainer.num_nodes
         self.device = train._device(cfg.trainer.accelerator)
@@ -186,7 +191,8 @@ class Preview:
         set_chat_template(self.tokenizer, cfg.data.chat_template)
         self.data: Prepared
         self.val: Prepared | None
-        self.data, self.val = train._examples(cfg, self.tokenizer, votes)
+        encoder = ChatEncoder(self.tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
+        self.data, self.val = train._examples(cfg, encoder, votes)
         self.model = weightless(cfg, self.kind, self.start, self.precision)
         self.layout: Layout
         self.layout, self.why_padded = train._layout(cfg, self.model, self.device)
@@ -240,8 +246,11 @@ class Preview:
             each = min(each, limit) if isinstance(limit, int) else int(each * limit)
         return each, trainer.max_steps if trainer.max_steps >= 0 else each * trainer.max_epochs
 
-    def passes(self, device: str) -> tuple[Batch, int, float]:
-        """The largest batch that a pass gets on a device, how many passes a step has at most, and on average."""
+    def passes(self, device: str, *, later: bool = False) -> tuple[Batch, int, float]:
+        """The largest batch that a pass gets on a device, how many passes a step has at most, and on average.
+
+        With `later`, the largest one that is not the first of its step, if steps have more than one.
+        """
         import torch
 
         from lit_ft.data.loader import WindowLoader
@@ -261,7 +270,7 @@ class Preview:
             shares = share_by_tokens([self.data.examples[k] for k in window], replicas)
             split = [split_by_tokens(share, budget, layout) for share in shares]
             counts.append(max(map(len, split)))
-            groups += [group for share in split for group in share]
+            groups += [group for share in split for group in share[int(later) :]]
 
         def size(group: list[Example]) -> int:
             if layout != "padded":
@@ -388,15 +397,23 @@ class Preview:
         from lit_ft.models.kinds.adalora import AdaLora
 
         batch, most, _ = self.passes(setting.device)
-        return rehearse(
-            self.model,
-            batch,
-            setting,
-            accumulates=most > 1,
-            penalty=self.kind.penalty,
-            four_bits=self.kind.quantized,
-            allocates_ranks=isinstance(self.kind, AdaLora),
-        )
+
+        def of(one: Batch, accumulates: bool) -> Rehearsal:
+            return rehearse(
+                self.model,
+                one,
+                setting,
+                accumulates=accumulates,
+                penalty=self.kind.penalty,
+                four_bits=self.kind.quantized,
+                allocates_ranks=isinstance(self.kind, AdaLora),
+            )
+
+        if most == 1 or not self.kind.whole_model:
+            return of(batch, most > 1)
+        # Gradients as large as the model are there from the second pass of a step on, and the first is the largest.
+        later, _, _ = self.passes(setting.device, later=True)
+        return max((of(batch, False), of(later, True)), key=lambda one: one.estimate().sum)
 
     def _own_memory(self, own: Estimate) -> list[Line]:
         from lit_ft.memory import machine_memory

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from lit_ft.distributed import rank
@@ -98,3 +98,9 @@ def say(text: Any = "") -> None:
     """A line for the person who runs the command, on standard error."""
     if not rank():
         print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def metric_line(metrics: Mapping[str, Any], headline: Iterable[str]) -> str:
+    """Those held-out metrics of `headline` that there are, or that there are none."""
+    found = [f"{key} {float(metrics[key]):.4f}" for name in headline if (key := f"eval/{name}") in metrics]
+    return ", ".join(found) or "no metrics"

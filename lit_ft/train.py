@@ -19,11 +19,11 @@ from omegaconf import OmegaConf
 from lit_ft import adapter as folder
 from lit_ft.adapter import Adapter, Base, Canary, Draft
 from lit_ft.allocator import keep_freed_memory
-from lit_ft.announce import devices_line, first_lines, metric_line, quiet
+from lit_ft.announce import devices_line, first_lines, quiet
 from lit_ft.callbacks.interrupt import Interrupted, stopping_on_signals
 from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.checkpoint import before as checkpoint_before
-from lit_ft.checks import SHARDED, check_settings, device_number
+from lit_ft.checks import ONLINE, SHARDED, check_settings, device_number
 from lit_ft.config import Algorithm, Config, Packing, trains_on_votes
 from lit_ft.data.chat import ChatEncoder, set_chat_template
 from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
@@ -42,18 +42,22 @@ from lit_ft.distributed import (
     rank,
 )
 from lit_ft.errors import UserError
+from lit_ft.judging import raw_scores
 from lit_ft.launched import LOST_ANOTHER, end_with_launcher, how_to_go_on, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
 from lit_ft.memory import account, explain, is_out_of_memory
 from lit_ft.models import adapt
 from lit_ft.models.canary import canary
+from lit_ft.models.judge import normalisation, save_judge
 from lit_ft.models.kinds import KINDS, AdapterKind, Report
 from lit_ft.models.load import context_length, load_model, load_tokenizer
 from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
+from lit_ft.models.roles import leave_only
 from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
-from lit_ft.progress import say
+from lit_ft.progress import metric_line, say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
+from lit_ft.rlhf import Roles, online_module
 from lit_ft.sweep import write_result
 from lit_ft.trainer import best_metrics, make_callbacks, make_mesh, make_trainer, mapping, shard_model
 
@@ -102,15 +106,23 @@ def train(cfg: Config) -> Adapter:
 
 
 def _train_or_explain(cfg: Config, run: Path, devices: int) -> Adapter:
-    """Train; where memory runs out, say what filled it."""
+    """Train; where memory runs out, say what filled it; where completions cannot be made or scored, how to go on."""
     begun: dict[str, Any] = {}
     try:
         return _train(cfg, run, devices, begun)
+    except UserError:
+        if cfg.algorithm.kind in ONLINE and (last := begun.get("last")) is not None and last.exists():
+            say(how_to_go_on(last, Path(cfg.runs, cfg.name)))
+        raise
     except Exception as error:
         if not is_out_of_memory(error) or "model" not in begun:
             raise
         traceback.clear_frames(error.__traceback__)  # what they hold is in the way of saying it
+        begun.pop("last", None)
         raise UserError(_what_filled_memory(cfg, error, **begun)) from error
+    finally:
+        if cfg.algorithm.kind in ONLINE and "module" in begun:
+            begun["module"].close()
 
 
 def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapter:
@@ -141,8 +153,12 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     votes = agree(lambda: _votes(cfg, base, resumed)) if trains_on_votes(cfg) else None
     tokenizer = load_tokenizer(cfg.model.id)
     set_chat_template(tokenizer, cfg.data.chat_template)
-    data, val = _examples(cfg, tokenizer, votes)
+    encoder = ChatEncoder(tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
+    data, val = _examples(cfg, encoder, votes)
     model = _model(cfg, kind, start, precision)
+    roles = None
+    if cfg.algorithm.kind in ONLINE:
+        roles = Roles(cfg, model, start, base, resumed.identity if resumed else None)
     begun |= {"model": model, "precision": precision, "max_tokens": max_tokens, "device": device}
     if adapt.is_adapted(model):
         as_in_the_first(p for p in model.parameters() if p.requires_grad)
@@ -160,7 +176,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     if ranks.size > 1:
         say(devices_line(cfg, model, ranks))
 
-    identity = _identity(cfg, base, data, votes)
+    identity = _identity(cfg, base, data, votes) | (roles.identity if roles else {})
     if resumed is not None:
         resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
@@ -178,18 +194,32 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             processes=replicas,
         )
         data, val = _with_reference(cfg, kind, make, data, val, start, base, precision)
-    module = _module(cfg, model, kind)
+    batches: dict[str, Any] = {"layout": layout, "max_tokens": max_tokens, "pad_id": tokenizer.pad_token_id}
+    if roles is not None:
+        module = online_module(
+            cfg,
+            model,
+            roles,
+            tokenizer,
+            encoder,
+            run=run,
+            device=device,
+            precision=precision,
+            shared=_shared(cfg, kind),
+            **batches,
+        )
+    else:
+        module = _module(cfg, model, kind)
     module.parent = start.ref if start else None
     module.identity = identity
     datamodule = ExamplesDataModule(
         data.examples,
         val.examples if val else None,
         batch_size=cfg.data.batch_size,
-        max_tokens=max_tokens,
-        layout=layout,
-        pad_id=tokenizer.pad_token_id,
         shuffle=cfg.data.shuffle,
         seed=cfg.seed,
+        prompts=roles is not None,
+        **batches,
     )
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
@@ -199,14 +229,14 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
 
         callbacks.insert(0, ProfileSteps(run))  # first, so that a step ends before others save or stop
     trainer = make_trainer(cfg, precision, callbacks, run, devices, ranks)
-    begun |= {"module": module, "trainer": trainer}
+    begun |= {"module": module, "trainer": trainer, "last": last}
 
     before: list[Any] = []
     try:
         if val and cfg.trainer.validate_first:
             before = [resumed.before] if resumed else trainer.validate(module, datamodule, verbose=False)
             module.before = dict(before[0])
-            say("held out before training: " + metric_line(before[0]))
+            say("held out before training: " + metric_line(before[0], module.headline))
         trainer.fit(
             module, datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True if resumed else None
         )
@@ -225,10 +255,18 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         say(report.table)
         if ranks.rank == 0:
             _keep_report(run, report)
+    if roles is not None:
+        leave_only(module.model)
+    judge = None
+    if cfg.algorithm.kind is Algorithm.reward:
+        judge = _normalised(module, data, precision, device, **batches)
+        metrics |= {"judge/mean": judge[0], "judge/std": judge[1]}
     done = kind.published(module.model)
     if done.converted:
         say(f"converted  {done.converted}")
     reason = "it has random weights (model.tiny)" if cfg.model.tiny else adapt.why_not_servable(done.model)
+    if judge is not None:
+        reason = f"it is a judge of answers, not a chat model: train a policy with it, reward={cfg.name}"
     draft = Draft(
         name=cfg.name,
         base=base,
@@ -244,14 +282,22 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         not_servable_reason=reason,
         canary=_canary(cfg, done.model, tokenizer, precision, device) if reason is None else None,
     )
-    write = _writer(cfg, done.model, tokenizer, adapt.trained_state(done.model), report)
+    state = adapt.trained_state(done.model)
+
+    def save(target: Path) -> None:
+        if judge is None:
+            adapt.save_trained(done.model, target, state)
+        else:
+            save_judge(done.model, module.head, target, mean=judge[0], std=judge[1])
+
+    write = _writer(cfg, save, tokenizer, report)
     published = agree(lambda: folder.publish(adapters, draft, write))
     if ranks.rank == 0:
         for path in (last, checkpoint_before(last)):
             path.unlink(missing_ok=True)  # there is nothing left to resume
         write_result(run, published)
     size = sum(path.stat().st_size for path in published.path.glob("*.safetensors"))
-    say(f"published {published.ref} ({size:,} bytes of weights): " + metric_line(metrics))
+    say(f"published {published.ref} ({size:,} bytes of weights): " + metric_line(metrics, module.headline))
     return published
 
 
@@ -278,11 +324,16 @@ def _start(cfg: Config, kind: AdapterKind, adapters: Path, resumed: Resumed | No
     if cfg.start_from == "none":
         return None
     if cfg.start_from == "auto":
-        if cfg.algorithm.kind is not Algorithm.dpo:
+        if cfg.algorithm.kind in (Algorithm.sft, Algorithm.reward):
             return None
-        start = _newest(adapters, cfg.name, ("sft", "dpo") if trains_on_votes(cfg) else ("sft",), kind)
+        both = trains_on_votes(cfg) or cfg.algorithm.kind in ONLINE
+        start = _newest(adapters, cfg.name, ("sft", "dpo") if both else ("sft",), kind)
     else:
         start = folder.find(adapters, cfg.start_from)
+    if start is not None and start.card.algorithm == "reward":
+        raise UserError(
+            f"{start.ref} is a judge, which cannot go on as anything else: give another start_from, or start_from=none."
+        )
     if start is not None and not cfg.model.tiny and start.card.base.hash != model_fingerprint(cfg.model.id):
         raise UserError(
             f"{start.ref} was trained on {start.card.base.id}, and model.id={cfg.model.id} is another model. "
@@ -360,9 +411,18 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if usable else "cpu")
 
 
-def _examples(cfg: Config, tokenizer: Any, votes: Votes | None) -> tuple[Prepared, Prepared | None]:
-    encoder = ChatEncoder(tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
-    kind: Kind = "preference" if cfg.algorithm.kind is Algorithm.dpo else "sft"
+# What rows are to give, by what is trained on them.
+_ROWS: dict[Algorithm, Kind] = {
+    Algorithm.sft: "sft",
+    Algorithm.dpo: "preference",
+    Algorithm.reward: "ranked",
+    Algorithm.ppo: "prompt",
+    Algorithm.grpo: "prompt",
+}
+
+
+def _examples(cfg: Config, encoder: ChatEncoder, votes: Votes | None) -> tuple[Prepared, Prepared | None]:
+    kind = _ROWS[cfg.algorithm.kind]
     return load_examples(
         votes.train if votes else cfg.data.path,
         encoder,
@@ -379,6 +439,7 @@ def _examples(cfg: Config, tokenizer: Any, votes: Votes | None) -> tuple[Prepare
         columns=mapping("data.columns", cfg.data.columns),
         overflow=cfg.data.overflow.value,
         max_dropped=cfg.data.max_dropped,
+        room=getattr(cfg.algorithm, "max_new_tokens", 0),
     )
 
 
@@ -485,11 +546,10 @@ def _adapter_hash(start: Adapter) -> str:
     return hashlib.sha256(start.card.weights_sha256.encode() + config).hexdigest()
 
 
-def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
-    from lit_ft.modules import DPOModule, SFTModule
-
+def _shared(cfg: Config, kind: AdapterKind) -> dict[str, Any]:
+    """Arguments that every module takes."""
     algorithm = cfg.algorithm
-    shared: dict[str, Any] = {
+    return {
         "learning_rate": algorithm.learning_rate * cfg.peft.learning_rate_factor,
         "loraplus_lr_ratio": getattr(cfg.peft, "loraplus_lr_ratio", 1.0),
         "penalty": kind.penalty,
@@ -501,8 +561,17 @@ def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
         "adam_epsilon": algorithm.adam_epsilon,
         "max_grad_norm": algorithm.max_grad_norm,
     }
+
+
+def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
+    from lit_ft.modules import DPOModule, RewardModule, SFTModule
+
+    algorithm, shared = cfg.algorithm, _shared(cfg, kind)
     if algorithm.kind is Algorithm.sft:
         return SFTModule(model, **shared)
+    if algorithm.kind is Algorithm.reward:
+        center = algorithm.center_rewards_coefficient  # type: ignore[attr-defined]
+        return RewardModule(model, center_coefficient=center, **shared)
     return DPOModule(
         model,
         beta=algorithm.beta,  # type: ignore[attr-defined]
@@ -511,6 +580,18 @@ def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
         reference=algorithm.reference.value,  # type: ignore[attr-defined]
         **shared,
     )
+
+
+def _normalised(
+    module: Any, data: Prepared, precision: Precision, device: torch.device, **batches: Any
+) -> tuple[float, float]:
+    """Mean and deviation of a judge's scores over the completions that it was trained on."""
+    left_in = next(module.parameters()).device
+    module.to(device)
+    autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
+    scores = raw_scores(module.model, module.head, data.examples, autocast=autocast, **batches)
+    module.to(left_in)
+    return normalisation([score for several in scores for score in several])
 
 
 def _canary(cfg: Config, model: Any, tokenizer: Any, precision: Precision, device: torch.device) -> Canary | None:
@@ -577,13 +658,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _writer(
-    cfg: Config, model: Any, tokenizer: Any, state: dict[str, Any] | None, report: Report | None
-) -> Callable[[Path], None]:
+def _writer(cfg: Config, save: Callable[[Path], None], tokenizer: Any, report: Report | None) -> Callable[[Path], None]:
     resolved = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
 
     def write(target: Path) -> None:
-        adapt.save_trained(model, target, state)
+        save(target)
         tokenizer.save_pretrained(str(target))
         (target / "config.yaml").write_text(resolved, encoding="utf-8")
         if report is not None:

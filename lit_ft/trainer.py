@@ -34,6 +34,7 @@ def make_callbacks(
         dirpath=last.parent,
         filename="best",
         monitor=module.monitor if validates else None,
+        mode=module.monitor_mode,
         save_top_k=1,
         auto_insert_metric_name=False,
         enable_version_counter=False,
@@ -54,7 +55,7 @@ def make_callbacks(
     if cfg.trainer.early_stopping is not None:
         if not validates:
             raise UserError("trainer.early_stopping needs held-out rows: set data.val_path or data.val_split.")
-        callbacks.append(EarlyStopping(module.monitor, patience=cfg.trainer.early_stopping))
+        callbacks.append(EarlyStopping(module.monitor, mode=module.monitor_mode, patience=cfg.trainer.early_stopping))
     return best, stopper, callbacks
 
 
@@ -160,7 +161,11 @@ def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[
     if module.validated_at != trainer.global_step:  # the run ended between two validations
         final = trainer.validate(module, datamodule, verbose=False)[0]
     final = {key: float(value) for key, value in final.items() if key.startswith("eval/")}
-    if kept is None or agree(lambda: final[module.monitor] < kept["lit_ft"]["metrics"][module.monitor]):
+    sign = -1 if module.monitor_mode == "max" else 1
+    better = kept is None or agree(
+        lambda: sign * final[module.monitor] < sign * kept["lit_ft"]["metrics"][module.monitor]
+    )
+    if kept is None or better:
         return {**final, "step": float(trainer.global_step)}
     load_trained(module, kept["state_dict"])
     return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}

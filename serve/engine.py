@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lit_ft.errors import UserError
@@ -91,8 +91,14 @@ def build_command(
     max_model_len: int,
     dtype: str,
     chat_template: Path | None,
+    whole_prompts: bool = False,
 ) -> list[str]:
-    """The command that serves `model` as `served_name`; adapters are loaded once it runs. Holds no secret."""
+    """The command that serves `model` as `served_name`; adapters are loaded once it runs. Holds no secret.
+
+    `whole_prompts` has every prompt read in one piece. On a CPU vLLM 0.32 dies where the prompt of a request with a
+    seed is read in two: it turns the seed's generator back by an offset, which a CPU's has not
+    (`GPUModelRunner._bookkeeping_sync`, "CPU Generator does not use offset").
+    """
     command = [
         # -P: a folder named like a package, in the folder of the person who serves, must not be imported.
         *(python, "-P", "-m", MODULE),
@@ -105,6 +111,8 @@ def build_command(
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
     ]
+    if whole_prompts:
+        command.append("--no-enable-chunked-prefill")
     if chat_template is not None:
         command += ["--chat-template", str(chat_template)]
     return command
@@ -176,6 +184,8 @@ class Engine:
         start_timeout: float,
         max_cpu_loras: int = 1,
         chat_template: Path | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -190,6 +200,8 @@ class Engine:
             start_timeout: seconds until a start counts as failed.
             max_cpu_loras: how many adapters are held in memory.
             chat_template: a file; None leaves the base's own.
+            arguments: more of vLLM's own command line.
+            environment: more variables of its process, over those of this program.
         """
         self.model = model
         self.served_name = served_name
@@ -197,6 +209,7 @@ class Engine:
         self.max_cpu_loras = max(self.max_loras, max_cpu_loras)
         self.max_lora_rank = round_up_rank(max_lora_rank)
         self.chat_template = chat_template
+        self.arguments, self.environment = tuple(arguments), dict(environment or {})
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.log_path = Path(log_path)
@@ -279,6 +292,7 @@ class Engine:
             max_model_len=self.max_model_len,
             dtype=choose_dtype(self.dtype, cpu),
             chat_template=self.chat_template,
+            whole_prompts=cpu,
         )
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,11 +303,11 @@ class Engine:
             raise UserError(f"vLLM's log cannot be written to {self.log_path}: {error.strerror or error}.") from error
         with log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(os.getpid()), *command, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.model, self.api_key, cpu),
+                env=_environment(self.model, self.api_key, cpu) | self.environment,
                 start_new_session=True,  # Ctrl-C in the terminal reaches this program only, which then stops vLLM
             )
 

@@ -165,7 +165,16 @@ _REFUSED_BY_ENGINE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("bias", ("none", None), "trained biases"),
     ("modules_to_save", (None, []), "whole modules trained beside the adapter"),
     ("alora_invocation_tokens", (None, []), "activated LoRA"),
-    ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"), "adapters that change their base"),
+    ("lora_bias", (False, None), "biases of factors"),
+    ("trainable_token_indices", (None, [], {}), "embeddings of single tokens"),
+    ("layer_replication", (None, []), "layers used several times"),
+    ("use_bdlora", (False, None, {}), "block-diagonal factors"),
+    ("use_qalora", (False, None), "factors made for a quantized base"),
+    (
+        "init_lora_weights",
+        (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+        "adapters that change their base",
+    ),
 )
 
 

@@ -62,26 +62,36 @@ class Outcome:
 
 
 @pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., Outcome]]:
-    """`python -m lit_ft ARGS` in this process, in an empty folder: starts in no time, and counts in coverage."""
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Callable[..., Outcome]]]:
+    """Runs a command's `main` in this process, as `started` with arguments: in no time, and counted in coverage."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from lit_ft import cli as command
+    def command(main: Callable[[], Any], started: str) -> Callable[..., Outcome]:
+        def run(*args: object) -> Outcome:
+            GlobalHydra.instance().clear()
+            capfd.readouterr()
+            monkeypatch.setattr(sys, "argv", [started, *map(str, args)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            printed = capfd.readouterr()
+            code = ended.value.code
+            return Outcome(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
+
+        return run
+
+    yield command
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def cli(
+    in_process: Callable[..., Callable[..., Outcome]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """`python -m lit_ft ARGS`, in an empty folder."""
+    from lit_ft.cli import main
 
     (tmp_path / "work").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "work")
-
-    def run(*args: str) -> Outcome:
-        GlobalHydra.instance().clear()
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lit_ft", *args])
-        with pytest.raises(SystemExit) as ended:
-            command.main()
-        printed = capfd.readouterr()
-        code = ended.value.code
-        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
-
-    yield run
-    GlobalHydra.instance().clear()
+    return in_process(main, "lit_ft")

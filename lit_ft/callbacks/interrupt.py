@@ -83,11 +83,12 @@ class FinishStepOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         # One process may have been asked alone, or the others a step later: they stop together.
-        self.received = greatest(self.received or 0) or None
-        if self.received is not None:
+        # `received` itself is left alone: a signal may come while they agree, and is then for the next step.
+        if received := greatest(self.received or 0):
+            self.received = received
             trainer.save_checkpoint(self.checkpoint)
             tell_launcher(None)  # train() says how to go on
-            raise Interrupted(self.received, self.checkpoint if self.checkpoint.exists() else None)
+            raise Interrupted(received, self.checkpoint if self.checkpoint.exists() else None)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for signum, handler in self._before.items():

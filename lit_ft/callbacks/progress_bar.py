@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
-from lit_ft.progress import Progress, say
+from lit_ft.progress import Progress, metric_line, say
 
 
 class TrainingBar(ProgressBar):
@@ -49,9 +49,8 @@ class TrainingBar(ProgressBar):
         if self._held_out is not None:
             self._held_out.close()
         if self._bar is not None and not trainer.sanity_checking:
-            shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("eval/")}
-            wanted = [k for k in ("eval/loss", "eval/mean_token_accuracy", "eval/rewards/accuracies") if k in shown]
-            say(f"held out at step {trainer.global_step}: " + ", ".join(f"{k} {float(shown[k]):.4f}" for k in wanted))
+            shown = metric_line(trainer.callback_metrics, pl_module.headline)
+            say(f"held out at step {trainer.global_step}: {shown}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._bar is not None:
@@ -60,5 +59,8 @@ class TrainingBar(ProgressBar):
     def _note(self, trainer: Any, pl_module: Any) -> str:
         start, tokens = self._clock
         rate = (pl_module.num_tokens - tokens) / max(time.monotonic() - start, 1e-9)
-        loss = trainer.callback_metrics.get("train/loss")
-        return (f"loss {float(loss):.4f} · " if loss is not None else "") + f"{rate:,.0f} tokens/s"
+        said = ""
+        for name in ("loss", "objective/scores"):
+            if (value := trainer.callback_metrics.get(f"train/{name}")) is not None:
+                said += f"{name.removeprefix('objective/')} {float(value):.4f} · "
+        return f"{said}{rate:,.0f} tokens/s"

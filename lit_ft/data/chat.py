@@ -102,7 +102,7 @@ class ChatEncoder:
             example = self._chat(prompt, completions, index)
         if not all(replace(example, completions=(completion,)).targets for completion in example.completions):
             raise RowError("nothing to train on")
-        return example
+        return example if record.margin is None else replace(example, margin=record.margin)
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

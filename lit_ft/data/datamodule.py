@@ -17,7 +17,7 @@ from lit_ft.batches import Completion, Example
 from lit_ft.data.chat import ChatEncoder
 from lit_ft.data.files import Row, Source, hash_rows, held_out_source, open_source
 from lit_ft.data.formats import Kind, RowError, formats, to_record
-from lit_ft.data.loader import WindowLoader
+from lit_ft.data.loader import PromptLoader, WindowLoader
 from lit_ft.data.packing import Layout
 from lit_ft.errors import UserError
 from lit_ft.progress import Progress
@@ -70,8 +70,11 @@ def prepare(
     overflow: Overflow = "drop",
     max_dropped: float = 0.1,
     max_rows: int | None = None,
+    room: int = 0,
 ) -> Prepared:
-    """Encode the rows of one source.
+    """Encode the rows of one source; of a row that is a prompt alone the example keeps the row.
+
+    `room` is how many of the `max_length` tokens are left for an answer that is still to be made.
 
     Raises:
         UserError: no row has the keys of a known format, none is left, or more than `max_dropped` of them are dropped.
@@ -89,7 +92,9 @@ def prepare(
                 first_unknown = first_unknown or f"{where} has {_listed(row)}"
                 raise RowError("with unknown keys")
             example = encoder.encode(record, index=len(examples))
-            examples.append(_fit(example, max_length, overflow))
+            if kind == "prompt":
+                example = replace(example, row=row)
+            examples.append(_fit(example, max_length, overflow, room))
             if source.live:
                 kept.append(row)
         except RowError as reason:
@@ -121,8 +126,10 @@ def _listed(row: Row) -> str:
     return f"the keys {', '.join(map(str, row))}" if row else "no keys"
 
 
-def _fit(example: Example, max_length: int, overflow: Overflow) -> Example:
+def _fit(example: Example, max_length: int, overflow: Overflow, room: int) -> Example:
     """The example, if it fits into `max_length` tokens, or cut to fit; raises RowError."""
+    if room and len(example.prompt) + room > max_length:
+        raise RowError(f"with less than {room} of {max_length} tokens left for an answer")
     if example.longest <= max_length:
         return example
     if len(example.prompt) >= max_length:
@@ -175,8 +182,8 @@ def load_examples(
     """Training and held-out examples.
 
     Held-out rows are those of `val_path` (of its `held_out_split`, for a Hub id); else those beside `train.*` in a
-    folder (`heldout.*`, `validation.*`); else `val_split` of the rows, drawn with `seed`; at most `max_val_rows`.
-    `options` go to `prepare`.
+    folder (`heldout.*`, `validation.*`); else `val_split` of the rows, drawn with `seed`; at most `max_val_rows`, with
+    0 none. `options` go to `prepare`.
     """
     source = open_source(path, split)
     main = prepare(source, encoder, kind, **options)
@@ -189,7 +196,7 @@ def load_examples(
         if held_out.hash == source.hash:
             raise UserError(f"data.val_path={val_path} holds the same rows as data.path: nothing would be held out.")
     val: Prepared | None = None
-    if held_out is not None:
+    if held_out is not None and max_val_rows != 0:
         val = prepare(held_out, encoder, kind, **{**options, "max_rows": max_val_rows})
     elif val_split > 0 and len(main.examples) > 1 and max_val_rows != 0:
         most = len(main.examples) - 1 if max_val_rows is None else min(max_val_rows, len(main.examples) - 1)
@@ -210,7 +217,7 @@ def load_examples(
 
 
 class ExamplesDataModule(L.LightningDataModule):
-    """Windows of examples for Lightning; arguments as of `WindowLoader`."""
+    """Windows of examples for Lightning; arguments as of `WindowLoader`. With `prompts`, `Prompts` instead."""
 
     def __init__(
         self,
@@ -223,9 +230,11 @@ class ExamplesDataModule(L.LightningDataModule):
         pad_id: int = 0,
         shuffle: bool = True,
         seed: int = 0,
+        prompts: bool = False,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
+        self.prompts = prompts
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.layout, self.pad_id = layout, pad_id
         self.shuffle, self.seed = shuffle, seed
@@ -257,7 +266,7 @@ class ExamplesDataModule(L.LightningDataModule):
     def _loader(self, examples: Sequence[Example], shuffle: bool) -> WindowLoader:
         # Processes that share a model's tensors see the same examples: they count as one.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
-        return WindowLoader(
+        return (PromptLoader if self.prompts else WindowLoader)(
             examples,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,

@@ -94,7 +94,8 @@ def held_out_source(origin: str) -> Source | None:
 def _local(origin: str) -> Path | None:
     """The path that `origin` means, or None for a Hub id."""
     if origin.startswith(EXAMPLES):
-        folders = {folder.name: folder for folder in sorted(examples_folder().glob("*")) if folder.is_dir()}
+        # Those without train.* are sets that reports measure on.
+        folders = {path.parent.name: path.parent for path in sorted(examples_folder().glob("*/train.*"))}
         if (name := origin.removeprefix(EXAMPLES)) not in folders:
             raise UserError(f"data.path={origin}: there is no such example data. There are: {', '.join(folders)}.")
         return folders[name]

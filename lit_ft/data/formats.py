@@ -1,18 +1,19 @@
 """The shapes in which people keep conversations and preferences, each turned into one record.
 
-A new format is one function and one line in `SFT_FORMATS` or `PREFERENCE_FORMATS`.
+A new format is one function and one line in `SFT_FORMATS`, `PREFERENCE_FORMATS`, `RANKED_FORMATS` or `PROMPT_FORMATS`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Message = dict[str, str]
 Text = list[Message] | str
-Kind = Literal["sft", "preference"]
+# What rows are to give: an answer, a pair, two or more answers with the best first, or a question alone.
+Kind = Literal["sft", "preference", "ranked", "prompt"]
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -26,11 +27,13 @@ class RowError(ValueError):
 class Record:
     """A prompt (messages, or plain text) and its completions, the preferred one first.
 
-    A conversation has an empty prompt and is itself the one completion: its assistant turns are trained on.
+    A conversation has an empty prompt and is itself the one completion: its assistant turns are trained on. `margin` is
+    by how much the preferred completion should win.
     """
 
     prompt: Text
     completions: tuple[Text, ...]
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,35 @@ def _implicit_prompt(row: Mapping[str, Any]) -> Record:
     return _record(found["prompt"], *_pair(found))
 
 
+def _ranked(row: Mapping[str, Any]) -> Record:
+    """Two or more answers, the best first."""
+    answers = row["completions"]
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise RowError("completions are not a list of two answers or more")
+    found = [_answer(answer, "an answer") for answer in answers]
+    if any(one == other for k, one in enumerate(found) for other in found[:k]):
+        raise RowError("with two equal answers")
+    return _record(_text(row["prompt"], "prompt"), *found)
+
+
+def _last_question(row: Mapping[str, Any], key: str) -> Record:
+    """A conversation up to its last question."""
+    messages = _with_system(row, messages_of(row[key]))
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return _record(messages)
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    """The column `margin`, as TRL's reward trainer reads it."""
+    value = row.get("margin")
+    if _absent(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RowError("margin is not a number")
+    return float(value)
+
+
 def transcript(text: str) -> list[Message]:
     r"""Messages of a transcript of the form ``\n\nHuman: … \n\nAssistant: …`` (Anthropic's hh-rlhf)."""
     messages = []
@@ -218,9 +250,25 @@ PREFERENCE_FORMATS = (
 )
 
 
+RANKED_FORMATS = (Format("ranked", ("prompt", "completions"), _ranked), *PREFERENCE_FORMATS)
+PROMPT_FORMATS = (
+    Format("prompt", ("prompt",), lambda row: _record(_text(row["prompt"], "prompt"))),
+    Format("alpaca", ("instruction",), lambda row: _record(_alpaca_prompt(row))),
+    Format("messages", ("messages",), lambda row: _last_question(row, "messages")),
+    Format("sharegpt", ("conversations",), lambda row: _last_question(row, "conversations")),
+    Format("implicit prompt", ("chosen", "rejected"), lambda row: Record(_implicit_prompt(row).prompt, ())),
+)
+FORMATS: dict[Kind, tuple[Format, ...]] = {
+    "sft": SFT_FORMATS,
+    "preference": PREFERENCE_FORMATS,
+    "ranked": RANKED_FORMATS,
+    "prompt": PROMPT_FORMATS,
+}
+
+
 def formats(kind: Kind) -> tuple[Format, ...]:
     """The formats that serve `kind`, in the order in which they are tried."""
-    return SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
+    return FORMATS[kind]
 
 
 def to_record(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str] | None = None) -> Record | None:
@@ -238,7 +286,8 @@ def to_record(row: Mapping[str, Any], kind: Kind, columns: Mapping[str, str] | N
         row = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
     for known in formats(kind):
         if not any(_absent(row.get(key)) for key in known.keys):
-            return known.read(row)
+            record = known.read(row)
+            return replace(record, margin=_margin(row)) if kind == "ranked" else record
     for known in formats(kind):
         if all(key in row for key in known.keys):
             raise RowError(f"without a value in {', '.join(key for key in known.keys if _absent(row[key]))}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lit_ft.batches import Example, Window
+from lit_ft.batches import Example, Prompts, Window
 from lit_ft.data.packing import Layout, lay_out, share_by_tokens, split_by_tokens
 
 
@@ -63,7 +63,7 @@ class WindowLoader:
     def __len__(self) -> int:
         return len(self._windows(0))
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Any]:
         if not self._resumed or self._position >= len(self):
             self._epoch, self._position = self._epoch + 1, 0
         self._resumed = False
@@ -79,7 +79,7 @@ class WindowLoader:
             order = torch.randperm(len(order), generator=generator).tolist()
         return [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
 
-    def _window(self, examples: list[Example]) -> Window:
+    def _window(self, examples: list[Example]) -> Any:
         shares = share_by_tokens(examples, self.processes)
         groups = [split_by_tokens(share, self.max_tokens, self.layout) for share in shares]
         fillers = max(map(len, groups)) - len(groups[self.rank])
@@ -100,3 +100,10 @@ class WindowLoader:
         """Go on after the window that `state` was taken at."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._resumed = True
+
+
+class PromptLoader(WindowLoader):
+    """Yields one `Prompts` per iteration of reinforcement learning; every process gets each n-th prompt of it."""
+
+    def _window(self, examples: list[Example]) -> Prompts:
+        return Prompts(tuple(examples[self.rank :: self.processes]), len(examples))

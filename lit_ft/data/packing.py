@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from lit_ft.batches import Batch, Example, pack, pad
+from lit_ft.batches import Batch, Completion, Example, pack, pad
 
 # `apart` packs as `packed` does, but examples share nothing with each other: completions share their prompt only.
 Layout = Literal["packed", "apart", "padded"]
@@ -40,6 +41,34 @@ def split_by_tokens(examples: Sequence[Example], max_tokens: int, layout: Layout
             groups.append([example])
         insort(rooms, (free - example.tokens, best))
     return groups
+
+
+def divided(examples: Sequence[Example], max_tokens: int, layout: Layout) -> tuple[list[Example], list[list[int]]]:
+    """The examples, those with more completions than fit into `max_tokens` in several parts, each with the prompt.
+
+    A completion that is too long with its prompt is a part of its own.
+
+    Returns:
+        The parts, whose `index` is their place here; and for each the numbers of its completions, counted over all
+        examples in their order.
+    """
+    parts: list[Example] = []
+    members: list[list[int]] = []
+    number = 0
+    for example in examples:
+        taken: list[Completion] = []
+        for completion in example.completions:
+            wider = replace(example, completions=(*taken, completion))
+            needs = wider.longest * len(wider.completions) if layout == "padded" else wider.tokens
+            if not taken or needs > max_tokens:
+                members.append([])
+                parts.append(example)
+                taken = []
+            taken.append(completion)
+            members[-1].append(number)
+            parts[-1] = replace(example, completions=tuple(taken), index=len(parts) - 1)
+            number += 1
+    return parts, members
 
 
 def share_by_tokens(examples: Sequence[Example], processes: int) -> list[list[Example]]:

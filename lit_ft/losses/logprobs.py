@@ -83,7 +83,7 @@ class _LogProbs(torch.autograd.Function):
         of_targets = torch.empty_like(lse)
         is_top1 = torch.empty_like(lse, dtype=torch.bool)
         with record_function(PROFILED), torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(hidden), chunk):
+            for rows in slices(len(hidden), chunk):
                 part = hidden[rows].to(weight.dtype)
                 mean = None if gradient is None else gradient[rows]
                 lse[rows], of_targets[rows], top = _scan(part, weight, bias, targets[rows], softcap, tile, mean)
@@ -130,9 +130,9 @@ def _scan(
     of_target = torch.zeros_like(top)
     if gradient is not None:
         gradient.zero_()
-    for entries in _slices(len(weight), tile):
+    for entries in slices(len(weight), tile):
         part = weight[entries]
-        logits = _logits(hidden, part, bias, entries, softcap)
+        logits = logits_of(hidden, part, bias, entries, softcap)
         inside = (targets >= entries.start) & (targets < entries.stop)
         here = logits.gather(1, (targets - entries.start).clamp(0, logits.shape[1] - 1)[:, None])
         of_target = torch.where(inside[:, None], here, of_target)
@@ -175,11 +175,11 @@ def _backward_through_weight(
     # Summed in fp32, for the reason above.
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
-    for rows in _slices(len(hidden), chunk):
+    for rows in slices(len(hidden), chunk):
         states = hidden[rows].to(weight.dtype)
-        for entries in _slices(len(weight), tile):
+        for entries in slices(len(weight), tile):
             part = weight[entries]
-            logits = _logits(states, part, bias, entries, softcap)
+            logits = logits_of(states, part, bias, entries, softcap)
             damping = None if softcap is None else 1 - (logits / softcap).square()
             d_logits = logits.sub_(lse[rows, None]).exp_().neg_()
             inside = ((targets[rows] >= entries.start) & (targets[rows] < entries.stop))[:, None].float()
@@ -202,14 +202,14 @@ def _backward_through_weight(
     )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: slice, softcap: float | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: slice, softcap: float | None) -> Tensor:
     logits = (hidden @ weight.T).float()  # (n, tile)
     if bias is not None:
         logits += bias[entries].float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def slices(length: int, step: int) -> Iterator[slice]:
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
@@ -217,3 +217,38 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 def sum_by_completion(values: Tensor, completion: Tensor, num_completions: int) -> Tensor:
     """Sum `(N,)` token values into `(C,)` by the completion each belongs to."""
     return values.new_zeros(num_completions).index_add(0, completion, values)
+
+
+def rows_by_completion(values: Tensor, completion: Tensor, lengths: Tensor) -> Tensor:
+    """Lay `(N,)` token values, in the order of their completions, out as `(C, T)`, T the longest; zeros after the end.
+
+    Args:
+        values: one per target.
+        completion: `(N,)` the completion of each.
+        lengths: `(C,)` how many each has.
+    """
+    out = values.new_zeros(len(lengths), int(lengths.max()) if len(lengths) else 0)
+    return out.index_put((completion, places_in_completion(completion, lengths)), values)
+
+
+def places_in_completion(completion: Tensor, lengths: Tensor) -> Tensor:
+    """`(N,)` the how manieth target of its completion each is, from 0."""
+    firsts = torch.cumsum(lengths, 0) - lengths
+    return torch.arange(len(completion), device=completion.device) - firsts[completion]
+
+
+def mask_of(lengths: Tensor) -> Tensor:
+    """`(C, T)` true where a completion of `lengths` has a token."""
+    return torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device) < lengths[:, None]
+
+
+@torch.no_grad()
+def token_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None, chunk: int = 64
+) -> Tensor:
+    """`(N,)` entropy in nats of the distribution over the vocabulary at each state; `chunk` states at a time."""
+    found = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for rows in slices(len(hidden), chunk):
+        shares = logits_of(hidden[rows].to(weight.dtype), weight, bias, slice(None), softcap).softmax(-1)
+        found[rows] = torch.special.entr(shares).sum(-1)  # 0 where a token is excluded, which −p·log p is not
+    return found

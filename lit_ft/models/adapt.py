@@ -8,8 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-# vLLM's maximum ranks; publishing records a rank above the last as not servable.
+# The largest rank that vLLM 0.32 has room for (vllm/config/lora.py).
 MAX_SERVABLE_RANK = 512
+# What a LoRA may hold that vLLM 0.32 refuses (vllm/lora/peft_helper.py; single tokens where it reads the weights), and
+# no export makes a LoRA of: PEFT's key, and what it is.
+_REFUSED = {
+    "lora_bias": "biases of its own",
+    "trainable_token_indices": "embeddings of single tokens",
+    "layer_replication": "layers used several times",
+    "alora_invocation_tokens": "a text from which on alone it acts",
+    "use_bdlora": "block-diagonal factors",
+    "use_qalora": "factors made for a quantized base",
+}
+# PEFT's beginnings that leave the base as it is; after others the adapter belongs to a base that nobody else has.
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 def is_adapted(model: Any) -> bool:
@@ -73,7 +85,9 @@ def save_trained(model: Any, folder: Path, state: dict[str, torch.Tensor] | None
             if (base := config.base_model_name_or_path) and Path(base).is_absolute():
                 config.base_model_name_or_path = Path(base).name
         # save_embedding_layers: "auto" may ask the Hub whether the vocabulary grew; ours never does.
-        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        # Only the first adapter: others may stand beside it while it is trained.
+        first = [next(iter(model.peft_config))]
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=first)
         (folder / "README.md").unlink(missing_ok=True)
     elif state is None:
         model.to(torch.bfloat16).save_pretrained(str(folder))
@@ -96,13 +110,23 @@ def why_not_servable(model: Any) -> str | None:
         return f"vLLM serves LoRA only, this is {config.peft_type.value}: merge it, python -m lit_ft.export to=merged"
     if getattr(config, "use_dora", False):
         return "vLLM does not serve DoRA: python -m lit_ft.export to=lora makes the nearest LoRA, to=merged a model"
+    begun = config.init_lora_weights
+    if isinstance(begun, str) and begun.lower() not in _PLAIN_BEGINNINGS:
+        helps = "python -m lit_ft.export to=lora" if begun.lower() in ("pissa", "olora") else "train without"
+        return f"it began with a part of its base, which lacks it (init_lora_weights={begun}): {helps}"
     if config.modules_to_save:
-        return "vLLM does not serve adapters with whole modules (modules_to_save)"
+        return "vLLM does not serve whole modules (modules_to_save): merge it, python -m lit_ft.export to=merged"
     if config.bias != "none":
-        return "vLLM does not serve adapters with biases"
+        return "vLLM does not serve trained biases: merge it, python -m lit_ft.export to=merged"
+    for key, what in _REFUSED.items():
+        if getattr(config, key, None):
+            return f"vLLM does not serve adapters with {what} ({key}): train without"
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     if max(ranks) > MAX_SERVABLE_RANK:
-        return f"its rank {max(ranks)} is above vLLM's maximum of {MAX_SERVABLE_RANK}"
+        return (
+            f"its rank {max(ranks)} is above vLLM's maximum of {MAX_SERVABLE_RANK}: python -m lit_ft.export to=lora "
+            f"rank={MAX_SERVABLE_RANK} makes the nearest of that rank, to=merged a model"
+        )
     return None
 
 

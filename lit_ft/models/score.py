@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_ft.batches import Batch
 from lit_ft.errors import UserError
-from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_scores
+from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_entropies, token_scores
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.attention import PACKED, Plan, backend, register_packed_attention, why_not_packable
 from lit_ft.models.shard import is_sharded
@@ -69,18 +69,38 @@ def score(model: Any, batch: Batch) -> TokenScores:
     return score_gathered(model, batch)
 
 
-def score_gathered(model: Any, batch: Batch) -> TokenScores:
-    """`score` of a model whose weights are all on this device."""
+def score_gathered(model: Any, batch: Batch, temperature: float = 1.0) -> TokenScores:
+    """`score` of a model whose weights are all on this device, under softmax(logits / temperature)."""
+    hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
+    states, weight, bias, softcap = before_softmax(model, hidden, temperature)
+    return token_scores(states, weight, batch.target_ids, bias, softcap=softcap)
+
+
+@torch.no_grad()
+def score_with_entropy(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`(N,)` log-probabilities of the targets and entropies of the distributions they were drawn from, without
+    gradient; one forward pass."""
+    hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
+    states, weight, bias, softcap = before_softmax(model, hidden, temperature)
+    scores = token_scores(states, weight, batch.target_ids, bias, softcap=softcap)
+    return scores.logprobs, token_entropies(states, weight, bias, softcap=softcap)
+
+
+def before_softmax(
+    model: Any, hidden: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+    """States, output embedding, bias and softcap whose product is logits / temperature."""
     lm = causal_lm(model)
     head = _plain_head(lm)
-    hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
-    hidden = hidden * _logit_scale(lm.config)
-    weight = head.weight
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)  # once, and not block by block
+    states, weight, bias = hidden * (_logit_scale(lm.config) / temperature), head.weight, head.bias
+    if torch.is_autocast_enabled(states.device.type):
+        dtype = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(dtype), weight.to(dtype)  # once, and not block by block
     softcap = getattr(lm.config, "final_logit_softcapping", None)
-    return token_scores(hidden, weight, batch.target_ids, head.bias, softcap=softcap)
+    if temperature != 1:
+        bias = None if bias is None else bias / temperature
+        softcap = None if softcap is None else softcap / temperature  # c·tanh(z/c)/T = (c/T)·tanh((z/T)/(c/T))
+    return states, weight, bias, softcap
 
 
 def _logprobs(model: Any, batch: Batch) -> Tensor:

@@ -50,6 +50,9 @@ class FineTuneModule(L.LightningModule, ABC):
     """
 
     monitor: ClassVar[str] = "eval/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    # The held-out metrics that say most.
+    headline: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
     # What a window's loss is divided by.
     normalised_by: ClassVar[Literal["targets", "examples"]]
 
@@ -90,6 +93,8 @@ class FineTuneModule(L.LightningModule, ABC):
         self.identity: dict[str, str] = {}
         self.before: dict[str, float] = {}
         self.validated_at = -1
+        # After a resume, the step at which the interrupted run had validated last.
+        self._validated_before: int | None = None
         # The batch with the most tokens that was tried: what a step took at most, should memory run out.
         self.largest: Batch | None = None
         self._eval: Sums = {}
@@ -263,11 +268,13 @@ class FineTuneModule(L.LightningModule, ABC):
             "identity": self.identity,
             "before": self.before,
             "metrics": held_out,
+            "validated_at": self.validated_at,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lit_ft", {})
         self.num_tokens = own.get("num_tokens", 0)
+        self._validated_before = int(own.get("validated_at", -1))
         states = own.get("rng", [])
         same = len(states) == self.trainer.world_size and own.get("replicas") == self._replicas()
         self._rng = states[self.trainer.global_rank] if same else None
@@ -279,6 +286,22 @@ class FineTuneModule(L.LightningModule, ABC):
             ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {})
             torch.manual_seed(torch.initial_seed() + 1_000_003 * (ranks.get("rank", 0) + 1) + 7919 * self.global_step)
             self._draw_anew = False
+        before, self._validated_before = self._validated_before, None
+        if before is not None and before != self.global_step and self.trainer.enable_validation:
+            self._validate_as_if_uninterrupted()
+
+    def _validate_as_if_uninterrupted(self) -> None:
+        """Make up for the validation that an interruption came before: the step may be the best one.
+
+        A checkpoint is written before the validation of its step, and Lightning goes on with the next step.
+        """
+        loop, every = self.trainer.fit_loop.epoch_loop, self.trainer.val_check_batch
+        by_epoch = self.trainer.check_val_every_n_epoch is not None
+        taken = loop.batch_progress.current.ready if by_epoch else loop.batch_progress.total.ready
+        if taken and every and taken % every == 0:
+            self.trainer.validating = True
+            loop.val_loop.run()
+            self.trainer.training = True
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Restore the random state just before the first step after a resume: what ran since must not count."""

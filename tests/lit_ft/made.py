@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,28 +130,14 @@ Export = Callable[..., Outcome]
 
 
 @pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Export]:
-    """`python -m lit_ft.export ARGS` in this process, in an empty folder."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from lit_ft import export as command
+def export(in_process: Callable[..., Export], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Export:
+    """`python -m lit_ft.export ARGS`, in an empty folder."""
+    from lit_ft.export import main
 
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
-
-    def run(*args: Any) -> Outcome:
-        GlobalHydra.instance().clear()
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lit_ft/export.py", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            command.main()
-        printed = capfd.readouterr()
-        code = ended.value.code
-        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
-
-    yield run
-    GlobalHydra.instance().clear()
+    return in_process(main, "lit_ft/export.py")
 
 
 @pytest.fixture(scope="session")

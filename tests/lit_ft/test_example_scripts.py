@@ -48,4 +48,15 @@ def test_answers_of_base_and_adapters(tmp_path: Path, llama_folder: Path) -> Non
 
 
 def test_every_script_is_tested() -> None:
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"train_sft.py", "train_dpo.py", "answers.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "train_sft.py", "train_dpo.py", "answers.py", "rewards.py",
+    }  # fmt: skip
+
+
+def test_the_examples_of_reward_functions_by_hand() -> None:
+    from examples.rewards import brief, right_number
+
+    said = [[{"role": "assistant", "content": "word " * count}] for count in (10, 40, 80)]
+    assert brief(["?"] * 3, said) == [1.0, 1.0, 0.5]
+    answers = ["So 2+3=5.\n#### 5", "#### 1,200", "#### 7"]
+    assert right_number(["?"] * 3, ["It is 5.", "1200", "none"], answer=answers) == [1.0, 1.0, 0.0]

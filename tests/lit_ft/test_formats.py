@@ -165,6 +165,101 @@ PREFERENCE: dict[str, tuple[dict[str, Any], Record]] = {
 }
 
 
+RANKED: dict[str, tuple[dict[str, Any], Record]] = {
+    "three answers, the best first": (
+        {"prompt": "Hi", "completions": ["Hello.", "Hey.", "No."]},
+        Record("Hi", ("Hello.", "Hey.", "No.")),
+    ),
+    "answers of messages": (
+        {"prompt": [user("Hi")], "completions": [[assistant("Hello.")], [assistant("No.")]]},
+        Record([user("Hi")], ([assistant("Hello.")], [assistant("No.")])),
+    ),
+    "answers before a pair": (
+        {"prompt": "Hi", "completions": ["A", "B", "C"], "chosen": "A", "rejected": "C"},
+        Record("Hi", ("A", "B", "C")),
+    ),
+    "a pair": ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, Record("Hi", ("A", "B"))),
+    "a margin": ({"prompt": "Hi", "chosen": "A", "rejected": "B", "margin": 2}, Record("Hi", ("A", "B"), 2.0)),
+    "a margin of ranked answers": (
+        {"prompt": "Hi", "completions": ["A", "B", "C"], "margin": 0.5},
+        Record("Hi", ("A", "B", "C"), 0.5),
+    ),
+    "a margin below 0": (
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "margin": -1},
+        Record("Hi", ("A", "B"), -1.0),
+    ),
+    "no margin in this row": (
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "margin": None},
+        Record("Hi", ("A", "B")),
+    ),
+    "pandas' empty cell": ({"prompt": "Hi", "chosen": "A", "rejected": "B", "margin": NAN}, Record("Hi", ("A", "B"))),
+    "implicit prompt": (
+        {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")], "margin": 1},
+        Record([user("Hi")], ([assistant("A")], [assistant("B")]), 1.0),
+    ),
+}
+
+LONGER = [user("Hi"), assistant("Hello."), user("So?")]
+PROMPT: dict[str, tuple[dict[str, Any], Record]] = {
+    "text": ({"prompt": "Hi"}, Record("Hi", ())),
+    "messages": ({"prompt": LONGER}, Record(LONGER, ())),
+    "beside an answer, which is left out": ({"prompt": "Hi", "completion": "Hello."}, Record("Hi", ())),
+    "beside a pair": ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, Record("Hi", ())),
+    "alpaca": ({"instruction": "Translate.", "input": "chat"}, Record([user("Translate.\nchat")], ())),
+    "alpaca with all": (
+        {"instruction": "So?", "output": "x", "system": "S", "history": [["Hi", "Hello."]]},
+        Record([system("S"), *LONGER], ()),
+    ),
+    "a conversation up to its last question": (
+        {"messages": [*LONGER, assistant("So."), assistant("Yes.")]},
+        Record(LONGER, ()),
+    ),
+    "a conversation without an answer": ({"messages": LONGER, "system": "S"}, Record([system("S"), *LONGER], ())),
+    "sharegpt": (
+        {"conversations": [said("human", "Hi"), said("gpt", "Hello.")]},
+        Record([user("Hi")], ()),
+    ),
+    "what a pair has in common": (
+        {"chosen": [*LONGER, assistant("A")], "rejected": [*LONGER, assistant("B")]},
+        Record(LONGER, ()),
+    ),
+    "margins are nothing to a question": ({"prompt": "Hi", "margin": "much"}, Record("Hi", ())),
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranked_formats(name: str) -> None:
+    row, expected = RANKED[name]
+    assert to_record(row, "ranked") == expected
+
+
+@pytest.mark.parametrize("name", PROMPT)
+def test_prompt_formats(name: str) -> None:
+    row, expected = PROMPT[name]
+    assert to_record(row, "prompt") == expected
+
+
+def test_only_rankings_have_margins() -> None:
+    row = {"prompt": "Hi", "chosen": "A", "rejected": "B", "margin": 2}
+    record = to_record(row, "preference")
+    assert record is not None and record.margin is None
+
+
+def test_every_preference_is_a_ranking_and_a_question() -> None:
+    for row, record in PREFERENCE.values():
+        assert to_record(row, "ranked") == record
+        asked = to_record(row, "prompt")
+        assert asked is not None and asked.completions == () and asked.prompt
+
+
+def test_columns_of_rankings_and_questions() -> None:
+    row = {"question": "Hi", "answers": ["A", "B"], "by": 3}
+    columns = {"prompt": "question", "completions": "answers", "margin": "by"}
+    assert to_record(row, "ranked", columns) == Record("Hi", ("A", "B"), 3.0)
+    assert to_record(row, "prompt", columns) == Record("Hi", ())
+    assert to_record(row, "prompt") is None
+
+
 @pytest.mark.parametrize("name", SFT)
 def test_sft_formats(name: str) -> None:
     row, expected = SFT[name]
@@ -199,7 +294,7 @@ def test_other_keys_are_no_format(kind: Kind) -> None:
 
 
 def test_keys_of_formats_are_distinct() -> None:
-    for kind in ("sft", "preference"):
+    for kind in ("sft", "preference", "ranked", "prompt"):
         assert len({known.keys for known in formats(kind)}) == len(formats(kind))  # type: ignore[arg-type]
 
 
@@ -272,6 +367,36 @@ UNUSABLE: dict[str, tuple[Kind, dict[str, Any], str]] = {
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"},
         "empty answer",
     ),
+    "one ranked answer": ("ranked", {"prompt": "a", "completions": ["b"]}, "not a list of two answers or more"),
+    "ranked answers as text": ("ranked", {"prompt": "a", "completions": "bc"}, "not a list of two answers or more"),
+    "an empty ranked answer": ("ranked", {"prompt": "a", "completions": ["b", " ", "c"]}, "empty answer"),
+    "ranked answers that come twice": (
+        "ranked",
+        {"prompt": "a", "completions": ["b", "c", "b"]},
+        "with two equal answers",
+    ),
+    "ranked answers to nothing": ("ranked", {"prompt": " ", "completions": ["b", "c"]}, "empty prompt"),
+    "a margin as text": (
+        "ranked",
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"},
+        "margin is not a num",
+    ),
+    "margin true": (
+        "ranked",
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True},
+        "margin is not a number",
+    ),
+    "an infinite margin": (
+        "ranked",
+        {"prompt": "a", "completions": ["b", "c"], "margin": float("inf")},
+        "margin is not a number",
+    ),
+    "an empty question": ("prompt", {"prompt": " "}, "empty prompt"),
+    "a question of null": ("prompt", {"prompt": None}, "without a value in prompt"),
+    "a question of numbers": ("prompt", {"prompt": 4}, "prompt is not text"),
+    "a conversation that asks nothing": ("prompt", {"messages": [assistant("Hello.")]}, "empty prompt"),
+    "an empty conversation": ("prompt", {"messages": []}, "empty prompt"),
+    "no instruction": ("prompt", {"instruction": ""}, "empty prompt"),
     "half a transcript": (
         "preference",
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "something else"},

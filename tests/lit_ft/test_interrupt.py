@@ -1,85 +1,59 @@
-"""Interrupted and resumed training equals uninterrupted training, to the bit; real signals to a real process.
-
-Kill -9, several processes and full disks: test_faults.py.
-"""
+"""Asked to stop: the request is never lost, whenever in a step it comes."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
-
-ARGS = (
-    "data.max_length=2048",
-    "data.max_rows=24",
-    "data.max_val_rows=4",
-    "data.batch_size=2",
-    "trainer.max_epochs=2",
-    "trainer.accelerator=cpu",
-    "trainer.validate_first=false",
-    "logger=none",
-    # Dropout draws random numbers: the resume must go on with the same ones.
-    "peft.dropout=0.3",
-)
+from lit_ft.callbacks import interrupt
+from lit_ft.callbacks.interrupt import FinishStepOnSignal, Interrupted
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lit_ft", *ARGS, *args],
-        cwd=folder,
-        env={**os.environ, "LIT_FT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+class Saves:
+    """As much of a trainer as is needed."""
+
+    def save_checkpoint(self, path: Path) -> None:
+        path.write_text("whole")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapters" / "support" / "v1" / "adapter_model.safetensors")
+@pytest.fixture
+def stopper(tmp_path: Path) -> Any:
+    callback = FinishStepOnSignal(tmp_path / "last.ckpt")
+    callback.on_train_start(None, None)
+    yield callback
+    callback.teardown(None, None, "fit")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    _, err = (process := start(folder, f"model.id={llama_folder}")).communicate(timeout=300)
-    assert process.returncode == 0, err
-    return weights(folder)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(stopper: FinishStepOnSignal, signum: int) -> None:
+    stopper.on_train_batch_end(Saves())
+    signal.raise_signal(signum)
+    with pytest.raises(Interrupted) as stop:
+        stopper.on_train_batch_end(Saves())
+    assert stop.value.exit_code == 128 + signum and stop.value.checkpoint == stopper.checkpoint
+    assert stopper.checkpoint.read_text() == "whole"
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_last_checkpoint_and_resume_is_exact(
-    tmp_path: Path, llama_folder: Path, uninterrupted: dict[str, torch.Tensor], signum: int, code: int
+def test_a_signal_that_comes_while_the_processes_agree_is_for_the_next_step(
+    stopper: FinishStepOnSignal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Slowed down by writing a checkpoint each step, so that the signal arrives in the middle.
-    process = start(tmp_path, f"model.id={llama_folder}", "trainer.save_every_n_steps=1")
-    checkpoint_folder = tmp_path / "runs" / "support"
-    deadline = time.monotonic() + 200
-    while not list(checkpoint_folder.glob("*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert out == "" and not (tmp_path / "adapters").exists(), "an interrupted run publishes nothing"
-    assert "resume=" in err and "Traceback" not in err
-    (kept,) = checkpoint_folder.glob("*/checkpoints/last.ckpt")
-    step = torch.load(kept, weights_only=True)["global_step"]
-    assert 0 < step < 24
-    resumed = start(tmp_path, f"model.id={llama_folder}", "resume=last")
-    out, err = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, err
-    assert out == "adapters/support/v1\n"
-    found = weights(tmp_path)
-    assert found.keys() == uninterrupted.keys()
-    for key, value in found.items():
-        assert torch.equal(value, uninterrupted[key]), key
+    def agree(mine: int) -> int:
+        signal.raise_signal(signal.SIGTERM)  # after this process has said that nobody asked it
+        return mine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "greatest", agree)
+        stopper.on_train_batch_end(Saves())
+    with pytest.raises(Interrupted) as stop:
+        stopper.on_train_batch_end(Saves())
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_another_process_was_asked(stopper: FinishStepOnSignal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "greatest", lambda mine: int(signal.SIGINT))
+    with pytest.raises(Interrupted) as stop:
+        stopper.on_train_batch_end(Saves())
+    assert stop.value.exit_code == 130 and stopper.received == signal.SIGINT

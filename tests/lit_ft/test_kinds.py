@@ -801,7 +801,8 @@ def test_two_processes_train_what_one_does(together: Path, case: tuple[str, str]
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert first.keys() == second.keys()
     for key, value in first.items():
-        torch.testing.assert_close(second[key], value, rtol=0, atol=1e-5)
+        # Sums in another order: float32 rounds at 1e-7 of a weight, and the steps add up (AdaLoRA has weights of 4.5).
+        torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     moved = [value for key, value in first.items() if "lora_A" not in key]
     assert all(float((value - (1.0 if name == "ia3" else 0.0)).abs().max()) > 1e-4 for value in moved if value.any())
     if name == "adalora":

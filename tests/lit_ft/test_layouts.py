@@ -15,10 +15,16 @@ from torch import Tensor
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
-from lit_ft.losses.logprobs import sum_by_completion
+from lit_ft.losses.logprobs import rows_by_completion, sum_by_completion
 from lit_ft.models.attention import flash_cpu
 from lit_ft.models.kinds.lora import apply_lora
-from lit_ft.models.score import completion_logprobs, score, use_packed_attention
+from lit_ft.models.score import (
+    completion_logprobs,
+    score,
+    score_gathered,
+    score_with_entropy,
+    use_packed_attention,
+)
 from tests import tiny
 
 KINDS = ["llama", "qwen2", "gpt2", "opt"]
@@ -475,3 +481,135 @@ def test_mixed_precision_packed_is_as_exact_as_padded(checkpointing: bool) -> No
     for packed_error, padded_error in zip(*errors, strict=True):
         assert packed_error < 0.05
         assert packed_error < 2 * padded_error + 1e-3
+
+
+# At another temperature, and with entropies.
+
+
+def gemma() -> Any:
+    """Gemma 2 bounds its logits: 30·tanh(logits / 30) by default, here 3, which bends all of them."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": 3.0}
+    model = Gemma2ForCausalLM(Gemma2Config(**settings, **heads, attn_implementation="eager", pad_token_id=PAD))
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    return model.eval()
+
+
+def biased() -> Any:
+    """A head with a bias, as Phi has one."""
+    model = tiny.model("llama")
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(260, generator=torch.Generator().manual_seed(1)) * 2)
+    return model.eval()
+
+
+def cohere() -> Any:
+    """Cohere multiplies its logits by `logit_scale`."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "logit_scale": 0.25, "pad_token_id": PAD}
+    model = CohereForCausalLM(CohereConfig(**settings, **heads, bos_token_id=1, eos_token_id=2))
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    return model.eval()
+
+
+HEADS = {"llama": lambda: tiny.model("llama").eval(), "gemma": gemma, "biased": biased, "cohere": cohere}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_scores_at_a_temperature_are_log_softmax_of_the_models_logits_over_it(kind: str, temperature: float) -> None:
+    """And the entropies those of the distributions that tokens are drawn from at this temperature."""
+    model = HEADS[kind]()
+    batch = pad(examples(), PAD)
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    logits = out.logits.flatten(0, 1).index_select(0, batch.target_sources) / temperature
+    wanted = logits.log_softmax(-1).gather(-1, batch.target_ids[:, None]).squeeze(-1)
+    entropies = torch.distributions.Categorical(logits=logits).entropy()
+    found = score_gathered(model, batch, temperature)
+    torch.testing.assert_close(found.logprobs, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.is_top1, logits.argmax(-1) == batch.target_ids)
+    both = score_with_entropy(model, batch, temperature)
+    assert torch.equal(both[0], found.logprobs)
+    torch.testing.assert_close(both[1], entropies, rtol=1e-5, atol=1e-5)
+    if temperature == 1:
+        assert torch.equal(score(model, batch).logprobs, found.logprobs)
+    else:
+        assert float((found.logprobs - score(model, batch).logprobs).abs().max()) > 0.1
+
+
+def test_gradients_at_a_temperature() -> None:
+    """Through the chunked scores and through whole logits, of a model whose logits are bounded."""
+    one, other = gemma(), gemma()
+    batch = pad(examples(), PAD)
+    score_gathered(one, batch, 0.6).logprobs.sum().backward()
+    out = other(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    logits = out.logits.flatten(0, 1).index_select(0, batch.target_sources) / 0.6
+    logits.log_softmax(-1).gather(-1, batch.target_ids[:, None]).sum().backward()
+    for found, wanted in zip(one.parameters(), other.parameters(), strict=True):
+        assert found.grad is not None and wanted.grad is not None
+        assert float((found.grad - wanted.grad).norm()) <= 1e-4 * float(wanted.grad.norm()) + 1e-6
+
+
+def test_scoring_with_entropies_leaves_no_gradient() -> None:
+    model = tiny.model("llama")
+    for value in score_with_entropy(model, pad(examples(), PAD)):
+        assert not value.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropies_and_rows_are_the_same_packed(kind: str) -> None:
+    packed, padded = models(kind)
+    rows = related()
+    batches = pack(rows), pad(rows, PAD)
+    found = [
+        [
+            rows_by_completion(values, batch.target_completion, batch.completion_lengths)
+            for values in score_with_entropy(model, batch, 0.8)
+        ]
+        for model, batch in zip((packed, padded), batches, strict=True)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one.shape == (len(batches[0].completion_lengths), int(batches[0].completion_lengths.max()))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [pack, lambda rows: pack(rows, across=False), lambda rows: pad(rows, PAD)])
+def test_targets_are_predicted_at_the_token_before(make: Any) -> None:
+    """Wherever in the row that lies."""
+    for rows in (examples(), related()):
+        batch = make(rows)
+        flat = batch.input_ids.flatten()
+        # (text before the target and with it) of every target
+        known = [
+            (row.prompt + answer.ids)[: len(row.prompt) + k + 1]
+            for row in rows
+            for answer in row.completions
+            for k, trained in enumerate(answer.mask)
+            if trained and len(row.prompt) + k
+        ]
+        assert batch.target_ids.tolist() == [text[-1] for text in known]
+        assert flat[batch.target_sources].tolist() == [text[-2] for text in known]
+        last = torch.tensor([answer.ids[-1] for row in rows for answer in row.completions])
+        assert torch.equal(flat[batch.completion_ends], last)
+        positions = batch.position_ids.flatten()
+        assert positions[batch.target_sources].tolist() == [len(text) - 2 for text in known]
+        whole = torch.tensor([len(row.prompt) + len(answer.ids) for row in rows for answer in row.completions])
+        assert torch.equal(positions[batch.completion_ends] + 1, whole)
+
+
+def test_margins_stand_with_their_examples() -> None:
+    """Three completions have three pairs of one margin; an example without one has 0; none at all is None."""
+    rows = examples()
+    first, second, third = replace(rows[0], margin=0.5), rows[1], replace(rows[2], margin=2.0)
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])
+    for batch in (pack([first, second, third]), pad([first, second, third], PAD)):
+        assert batch.margins is not None and batch.margins.tolist() == [0.5, 0.0, 2.0]
+        assert batch.margins_of(pairs).tolist() == [0.5, 0.5, 0.5, 0.0]  # type: ignore[union-attr]
+    assert pack([second]).margins is None and pack([second]).margins_of(torch.tensor([[0, 1]])) is None

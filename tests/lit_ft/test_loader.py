@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lit_ft.batches import Completion, Example, Window
+from lit_ft.batches import Completion, Example, Prompts, Window
 from lit_ft.data.datamodule import ExamplesDataModule
-from lit_ft.data.loader import WindowLoader
+from lit_ft.data.loader import PromptLoader, WindowLoader
 
 
 def examples(count: int) -> list[Example]:
@@ -190,3 +190,63 @@ def test_the_data_module_shuffles_training_rows_only() -> None:
 def test_to_moves_all_batches() -> None:
     window = next(iter(loader(max_tokens=1))).to("meta")
     assert [batch.input_ids.device.type for batch in window.batches] == ["meta"] * 4
+
+
+# Prompts.
+
+
+def prompts(count: int = 23, **changes: Any) -> PromptLoader:
+    asked = [Example((k + 1, 7), (), k, row={"k": k}) for k in range(count)]
+    return PromptLoader(asked, **({"batch_size": 4, "max_tokens": 64} | changes))
+
+
+def asked(iteration: Prompts) -> list[int]:
+    return [example.index for example in iteration.examples]
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 23])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_prompt_once_per_epoch_over_all_processes(count: int, processes: int, batch_size: int) -> None:
+    """In the order that one process alone has, dealt out in turn, so that no process has two more than another."""
+    alone = prompts(count, batch_size=batch_size)
+    ranks = [prompts(count, batch_size=batch_size, rank=rank, processes=processes) for rank in range(processes)]
+    for _ in range(2):
+        seen = []
+        for whole, *shares in zip(alone, *ranks, strict=True):
+            assert whole.total == len(whole.examples) <= batch_size
+            assert [share.total for share in shares] == [whole.total] * processes
+            for rank, share in enumerate(shares):
+                assert asked(share) == asked(whole)[rank::processes]
+            sizes = [len(share.examples) for share in shares]
+            assert sum(sizes) == whole.total and max(sizes) - min(sizes) <= 1
+            seen += asked(whole)
+        assert sorted(seen) == list(range(count))
+
+
+def test_prompts_are_shuffled_as_windows_are() -> None:
+    for settings in ({"seed": 1}, {"seed": 2}, {"shuffle": False}):
+        made = prompts(**settings)
+        assert [sorted(asked(one)) for _ in range(2) for one in made] == epochs(loader(**settings), 2)
+
+
+def test_prompts_resume_where_they_were() -> None:
+    made = prompts()
+    whole = [asked(one) for _ in range(2) for one in made]
+    for taken in (1, 5, 6, 8):
+        first = prompts()
+        stream = itertools.chain.from_iterable(first for _ in range(2))
+        before = [asked(one) for one in itertools.islice(stream, taken)]
+        second = prompts()
+        second.load_state_dict(first.state_dict())
+        assert before + [asked(one) for _ in range(3) for one in second][: 12 - taken] == whole
+
+
+def test_the_data_module_gives_prompts_if_asked() -> None:
+    made = [Example((k + 1, 7), (), k, row={"k": k}) for k in range(9)]
+    module = ExamplesDataModule(made, made[:5], batch_size=4, seed=3, prompts=True)
+    training = list(module.train_dataloader())
+    assert [asked(one) for one in training] == [asked(one) for one in prompts(9, seed=3)]
+    assert [asked(one) for one in module.val_dataloader()] == [[0, 1, 2, 3], [4]]
+    assert training[0].examples[0].row == {"k": training[0].examples[0].index}
+    assert training[0].to("meta") is training[0]

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_ft.losses.logprobs import sum_by_completion, token_scores
+from lit_ft.losses.logprobs import (
+    mask_of,
+    places_in_completion,
+    rows_by_completion,
+    sum_by_completion,
+    token_entropies,
+    token_scores,
+)
 
 N, H, V = 23, 8, 61
 # Under LoRA weight and bias are frozen, and gradients are formed in the forward pass; where they are trained, logits
@@ -420,3 +427,67 @@ def test_sum_by_completion() -> None:
     assert sums.tolist() == [5.0, 0.0, 2.0]
     (gradient,) = torch.autograd.grad((sums * torch.tensor([1.0, 10.0, 100.0])).sum(), values)
     assert gradient.tolist() == [1.0, 100.0, 1.0]
+
+
+# Entropies.
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("softcap", "with_bias"), KINDS)
+def test_entropies(chunk: int, softcap: float | None, with_bias: bool) -> None:
+    """PyTorch's own entropy of a categorical distribution, in float64 from whole logits."""
+    hidden, weight, bias, *_ = exactly(*inputs()[:3])
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    wanted = torch.distributions.Categorical(
+        logits=logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    ).entropy()
+    given = inputs()
+    found = token_entropies(given[0], given[1], given[2] if with_bias else None, softcap=softcap, chunk=chunk)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, wanted.detach(), **CLOSE)
+
+
+def test_entropies_by_hand() -> None:
+    """Equal logits: log V. One far above all: 0. Two of three equal and one excluded: log 2."""
+    weight = torch.eye(3)
+    hidden = torch.tensor([[2.0, 2.0, 2.0], [90.0, 0.0, 0.0]])
+    torch.testing.assert_close(token_entropies(hidden, weight), torch.tensor([math.log(3), 0.0]), rtol=1e-6, atol=1e-6)
+    excluded = token_entropies(hidden[:1], weight, torch.tensor([0.0, 0.0, -math.inf]))
+    torch.testing.assert_close(excluded, torch.tensor([math.log(2)]), rtol=1e-6, atol=1e-6)
+    assert token_entropies(hidden[:0], weight).shape == (0,)
+
+
+def test_entropies_of_half_precision_are_in_float32() -> None:
+    hidden, weight, bias, *_ = inputs(torch.bfloat16)
+    found = token_entropies(hidden, weight, bias)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, token_entropies(hidden.float(), weight.float(), bias.float()), rtol=0.05, atol=0.02
+    )
+
+
+# Rows of completions.
+
+
+def test_rows_by_completion() -> None:
+    """Completions of 2, 0, 3 and 1 targets; zeros after each end."""
+    lengths = torch.tensor([2, 0, 3, 1])
+    completion = torch.tensor([0, 0, 2, 2, 2, 3])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], requires_grad=True)
+    rows = rows_by_completion(values, completion, lengths)
+    assert rows.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5], [6, 0, 0]]
+    assert places_in_completion(completion, lengths).tolist() == [0, 1, 0, 1, 2, 0]
+    mask = mask_of(lengths)
+    assert mask.tolist() == [[True, True, False], [False] * 3, [True] * 3, [True, False, False]]
+    assert torch.equal(rows[mask], values)
+    torch.testing.assert_close(rows.sum(1), sum_by_completion(values, completion, 4))
+    weights = torch.arange(12.0).view(4, 3)
+    (rows * weights).sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [0, 1, 6, 7, 8, 9]
+
+
+def test_no_rows() -> None:
+    none, whole = torch.empty(0), torch.empty(0, dtype=torch.long)
+    assert rows_by_completion(none, whole, whole).shape == mask_of(whole).shape == (0, 0)
+    zero = torch.tensor([0, 0])
+    assert rows_by_completion(none, whole, zero).shape == mask_of(zero).shape == (2, 0)

@@ -519,7 +519,10 @@ def test_random_numbers_belong_to_replicas(states: list[dict[str, Any]]) -> None
         module = SFTModule(tiny.model())
         ranks = {"num_replicas": 2, "rank": rank // 2}
         strategy = SimpleNamespace(distributed_sampler_kwargs=ranks, root_device=torch.device("cpu"))
-        module._trainer = cast(Any, SimpleNamespace(world_size=4, global_rank=rank, global_step=5, strategy=strategy))
+        trainer = SimpleNamespace(
+            world_size=4, global_rank=rank, global_step=5, strategy=strategy, enable_validation=False
+        )
+        module._trainer = cast(Any, trainer)
         torch.manual_seed(0)
         if states:  # written by two processes
             module.on_load_checkpoint({"lit_ft": {"rng": states, "replicas": 2}, "global_step": 5})

@@ -318,7 +318,7 @@ def test_a_mask_of_another_length_is_refused() -> None:
 def test_to_moves_every_tensor() -> None:
     moved = pad([PAIR], 0).to("meta")
     tensors = [value for value in moved.__dict__.values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10
+    assert len(tensors) == 11
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.tokens == 7
 

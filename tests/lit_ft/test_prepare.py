@@ -306,3 +306,94 @@ def test_load_examples_mixes_into_the_training_rows_only(tmp_path: Path, encoder
     assert [(source.source, source.rows) for source in train.sources] == [("python", 8), ("general.jsonl", 4)]
     with pytest.raises(UserError, match="no such file"):
         load_examples(letters(2), encoder, "sft", mix=[Mix("missing.jsonl", 1.0)], max_length=100)
+
+
+# Questions, and rankings.
+
+
+def test_questions_keep_their_rows_and_have_no_completions(encoder: ChatEncoder) -> None:
+    rows = [{"prompt": "q", "answer": "4", "tags": ["sum"]}, {"prompt": " "}, {"prompt": "qq", "completion": "x"}]
+    made = prepared(rows, encoder, "prompt", max_dropped=0.5)
+    assert [example.row for example in made.examples] == [rows[0], rows[2]]
+    assert [example.completions for example in made.examples] == [(), ()]
+    assert [example.index for example in made.examples] == [0, 1]
+    # What is asked is what an answer would have been trained to follow.
+    (trained,) = prepared([row()], encoder).examples
+    assert made.examples[0].prompt == trained.prompt
+    assert made.targets == 0 and made.tokens == 2 * PROMPT + 1
+    assert made.summary() == (
+        f"2 rows kept, 1 dropped (1 empty prompt); {made.tokens} tokens, 0 trained on; median length {PROMPT + 0.5:.0f}"
+    )
+    assert trained.row is None
+
+
+def test_plain_questions(encoder: ChatEncoder) -> None:
+    plain = ChatEncoder(tiny.tokenizer(chat=False))
+    (example,) = prepared([{"prompt": "once upon"}], plain, "prompt").examples
+    assert tiny.tokenizer().decode(example.prompt) == "once upon"
+    with pytest.raises(UserError, match="the prompt does not end with a user's turn"):
+        prepared(
+            [{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}], encoder, "prompt"
+        )
+
+
+def test_questions_leave_room_for_an_answer(encoder: ChatEncoder) -> None:
+    """A prompt of n tokens and an answer of up to `room` more fit into max_length, to the token."""
+    rows = [{"prompt": "q" * count} for count in (1, 2, 3)]
+    for room, kept in ((10, 3), (11, 2), (12, 1)):
+        made = prepared(rows, encoder, "prompt", max_length=PROMPT + 2 + 10, room=room, max_dropped=0.9)
+        assert len(made.examples) == kept
+        if kept < 3:
+            reason = f"with less than {room} of {PROMPT + 12} tokens left for an answer"
+            assert made.dropped == Counter({reason: 3 - kept})
+    with pytest.raises(UserError, match=r"3 of 3 rows cannot be used .* tokens left for an answer.*data\.max_length"):
+        prepared(rows, encoder, "prompt", max_length=PROMPT + 12, room=20)
+    # Where no answer is to be made, a prompt may fill the context.
+    assert len(prepared(rows[:1], encoder, "prompt", max_length=PROMPT).examples) == 1
+
+
+def test_truncating_does_not_make_room(encoder: ChatEncoder) -> None:
+    with pytest.raises(UserError, match="tokens left for an answer"):
+        prepared([{"prompt": "q" * 50}], encoder, "prompt", max_length=PROMPT + 40, room=5, overflow="truncate")
+
+
+def test_held_out_questions_leave_room_as_well(encoder: ChatEncoder) -> None:
+    rows = [{"prompt": "q" * (k % 3 + 1), "k": k} for k in range(10)]
+    train, val = load_examples(rows, encoder, "prompt", val_split=0.2, max_length=PROMPT + 12, room=10)
+    assert val is not None and (len(train.examples), len(val.examples)) == (8, 2)
+    assert sorted(e.row["k"] for e in [*train.examples, *val.examples] if e.row is not None) == list(range(10))
+    with pytest.raises(UserError, match="tokens left for an answer"):
+        load_examples(rows, encoder, "prompt", val_path=[{"prompt": "q" * 9}], max_length=PROMPT + 12, room=10)
+
+
+def test_rankings_keep_order_and_margin(encoder: ChatEncoder) -> None:
+    rows = [
+        {"prompt": "q", "completions": ["best", "good", "bad"]},
+        {"prompt": "q", "chosen": "yes", "rejected": "no", "margin": 1.5},
+    ]
+    made = prepared(rows, encoder, "ranked")
+    decode = tiny.tokenizer().decode
+    texts = [[decode(c.ids).removesuffix("<|im_end|>") for c in example.completions] for example in made.examples]
+    assert texts == [["best", "good", "bad"], ["yes", "no"]]
+    assert [example.margin for example in made.examples] == [None, 1.5]
+    assert all(example.row is None for example in made.examples)
+
+
+def test_cut_rankings_must_still_differ(encoder: ChatEncoder) -> None:
+    rows = [{"prompt": "q", "completions": ["aaaa", "bbbb", "aaac"]}]
+    kept = prepared(rows, encoder, "ranked", max_length=PROMPT + 4, overflow="truncate")
+    assert [len(c.ids) for c in kept.examples[0].completions] == [4, 4, 4]
+    with pytest.raises(UserError, match="with equal completions once cut"):
+        prepared(rows, encoder, "ranked", max_length=PROMPT + 3, overflow="truncate")
+
+
+def test_no_held_out_rows_if_none_are_wanted(tmp_path: Path) -> None:
+    """Also where a file of them lies beside."""
+    for name in ("train", "heldout"):
+        rows = [json.dumps({"prompt": f"{name} {k}", "completion": "yes"}) for k in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    encoder = ChatEncoder(tiny.tokenizer())
+    data, val = load_examples(str(tmp_path), encoder, "sft", max_val_rows=0, max_length=512)
+    assert len(data.examples) == 4 and val is None
+    _, val = load_examples(str(tmp_path), encoder, "sft", max_val_rows=3, max_length=512)
+    assert val is not None and len(val.examples) == 3

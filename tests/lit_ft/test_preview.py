@@ -33,24 +33,12 @@ FEW = ("data.max_rows=12", "data.max_val_rows=2", "data.batch_size=4", "logger=n
 
 
 @pytest.fixture
-def preview(cli: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """`python -m lit_ft.preview ARGS` in this process, in the folder of `cli`."""
-    from hydra.core.global_hydra import GlobalHydra
-
+def preview(cli: Command, in_process: Callable[..., Command]) -> Iterator[Command]:
+    """`python -m lit_ft.preview ARGS`, in the folder of `cli`."""
     from lit_ft.preview import main
 
-    def run(*args: str) -> Outcome:
-        GlobalHydra.instance().clear()
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lit_ft", *args])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capfd.readouterr()
-        code = ended.value.code
-        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
-
     threads = torch.get_num_threads()
-    yield run
+    yield in_process(main, "lit_ft")
     torch.set_num_threads(threads)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,8 +57,11 @@ def write_files(folder: Path) -> None:
 # Several processes, launchers of other programs: test_faults.py, test_strategies.py and test_sweep.py run such. Here
 # the same commands run with one process; and what a cluster would run is composed.
 def alone(command: str) -> str:
-    return command.replace("trainer.devices=2", "trainer.devices=1").replace(
-        "strategy=fsdp_tp model=qwen2_5_0_5b", "strategy=fsdp"
+    # vLLM takes no model of this width; test_rollouts_vllm.py has the real one.
+    return (
+        command.replace("trainer.devices=2", "trainer.devices=1")
+        .replace("strategy=fsdp_tp model=qwen2_5_0_5b", "strategy=fsdp")
+        .replace("rollout=vllm", "rollout=transformers")
     )
 
 
@@ -65,13 +69,23 @@ def alone(command: str) -> str:
     "command", [c for c in TRAINING if c not in {"--help"} and "resume=" not in c and not c.startswith("-m ")]
 )
 def test_training_command(
-    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, opt_folder: Path, command: str
+    cli: Callable[..., Outcome],
+    own_cache: Path,
+    llama_folder: Path,
+    opt_folder: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_files(Path.cwd())
     model = opt_folder if "article" in command else llama_folder
     if "data=votes" in command:
         write_store(Path("votes.db"), questions(80), adapter.Base(model.name, model_fingerprint(str(model))))
     local = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()  # its data is on the Hub
+    if re.search(r"experiment=(ppo|grpo)", command):  # with the README's judge, and its functions from the checkout
+        shutil.copytree(ROOT / "examples", "examples", ignore=shutil.ignore_patterns("*.png"))
+        monkeypatch.syspath_prepend(".")
+        judge = ("+experiment=reward", "name=judge", f"model.id={model}", "data.max_rows=8", "data.max_val_rows=2")
+        assert cli(*judge, *TINY).code == 0
     few = () if "data=votes" in command else ("data.max_rows=40", "data.max_val_rows=8")  # of the bundled rows
     outcome = cli(*shlex.split(alone(command)), f"model.id={model}", *local, *few, *TINY)
     assert outcome.code == 0, outcome.err

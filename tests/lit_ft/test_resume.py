@@ -72,6 +72,23 @@ def test_the_best_score_outlives_an_interruption(
     assert "dirpath" not in second.err
 
 
+def test_the_validation_that_an_interruption_came_before_is_made_up_for(
+    run: Run, interrupted: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_ft.modules.base import FineTuneModule
+
+    def best_at_six(self: FineTuneModule, *_: object) -> None:
+        self._eval, self._eval_total = {"loss": (torch.tensor(1.0 + abs(self.global_step - 6)), 0)}, 1
+
+    monkeypatch.setattr(FineTuneModule, "validation_step", best_at_six)
+    interrupted(6)  # in the last step of the third epoch
+    first = run("trainer.max_epochs=6")
+    assert first.code == 130 and losses(first.err) == [5, 3], first.err
+    second = run("trainer.max_epochs=6", "resume=last")
+    assert second.code == 0 and losses(second.err) == [1, 3, 5, 7], second.err
+    assert adapter.find(Path("adapters"), "support").card.metrics["step"] == 6
+
+
 def test_sft_does_not_resume_a_dpo_run(run: Run, interrupted: Callable[[int], None]) -> None:
     interrupted(2)
     stopped = run("+experiment=dpo", "trainer.max_steps=4")

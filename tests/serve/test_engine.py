@@ -94,6 +94,8 @@ def test_no_fewer_adapters_are_held_than_may_share_a_batch(tmp_path: Path) -> No
 
 
 def test_a_template_is_served_if_there_is_one(tmp_path: Path) -> None:
+    assert "--no-enable-chunked-prefill" not in command()
+    assert "--no-enable-chunked-prefill" in command(whole_prompts=True)
     assert "--chat-template" not in command()
     assert option(command(chat_template=tmp_path / "odd =, name"), "--chat-template") == str(tmp_path / "odd =, name")
 
@@ -573,6 +575,15 @@ def test_the_client_against_the_real_engine(served: Served, tmp_path: Path) -> N
             long = [{"role": "user", "content": "word " * words}]
             with pytest.raises(ChatError, match=rf"is {words // 100}\d\d tokens long; .* at most 512\."):
                 [d async for d in client.chat(adapter.ref, long, **SAID)]
+
+        # Side by side their prompts are more than vLLM reads at a time; with seeds that used to kill it on a CPU.
+        questions = [[{"role": "user", "content": f"{k} " + "word " * 380}] for k in range(12)]
+        seeded = {**SAID, "temperature": 1.0, "max_tokens": 2}
+
+        async def ask(k: int) -> list[Any]:
+            return [d async for d in client.chat("base", questions[k], **{**seeded, "seed": k})]
+
+        assert all(await asyncio.gather(*(ask(k) for k in range(12))))
 
         await client.load("again@v1", adapter.path)
         await client.load("again@v1", adapter.path)

@@ -74,6 +74,9 @@ class AdaLora(AdapterKind):
     that exactly the budget is left. PEFT's allocator does the same, but masks too few or too many where importances
     are equal, and forgets its averages when a run is resumed.
 
+    P and Q begin orthonormal, which is what the penalty asks of them. (In the authors' code, and in PEFT, they begin as
+    small random numbers, with products of which a short run moves nothing.)
+
     Published is a plain LoRA: P·Λ·Q is a product of two factors.
 
     Args:
@@ -88,6 +91,7 @@ class AdaLora(AdapterKind):
     """
 
     sharded = False
+    lora = True
     scheduled = True
 
     def __init__(
@@ -95,7 +99,7 @@ class AdaLora(AdapterKind):
         *,
         init_r: int = 24,
         target_r: int = 16,
-        alpha: int = 32,
+        alpha: int = 64,
         dropout: float = 0.0,
         target_modules: str | Sequence[str] = "all-linear",
         tinit: float = 0.1,
@@ -145,6 +149,9 @@ class AdaLora(AdapterKind):
         layers = lora_layers(made)
         for _, layer in layers:  # PEFT makes it trainable where it casts it, as above a base in half precision
             layer.ranknum["default"].requires_grad_(False)
+            for vectors in (layer.lora_A["default"], layer.lora_B["default"]):
+                if not vectors.is_meta:  # as for a preview, which has no weights
+                    torch.nn.init.orthogonal_(vectors)
         self._weights = len(layers)
         return made
 

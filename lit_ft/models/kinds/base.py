@@ -63,6 +63,12 @@ class AdapterKind(ABC):
     quantized: ClassVar[bool] = False
     """Whether the base is to be loaded in 4 bits."""
 
+    lora: ClassVar[bool] = False
+    """Whether what it publishes is a LoRA or a DoRA, which others of that kind can stand beside on one base."""
+
+    beside_others: ClassVar[bool] = False
+    """Whether it can be trained while others stand beside it on the same base."""
+
     scheduled: ClassVar[bool] = False
     """Whether it must know how many steps the run takes, so that nothing may end it earlier."""
 

@@ -41,6 +41,9 @@ class Lora(AdapterKind):
         use_rslora: scale by alpha/√r.
     """
 
+    lora = True
+    beside_others = True
+
     def __init__(
         self,
         *,
@@ -143,6 +146,7 @@ class Pissa(Lora):
 
     sharded = False
     changes_base = True
+    beside_others = False
 
     def __init__(self, *, niter: int | None = 16, **lora: Any) -> None:
         super().__init__(**lora)

@@ -1,0 +1,165 @@
+"""What the fine-tune forgot: loss on general texts and instructions, and its distance from the base's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from lit_ft.batches import Completion, Example
+from lit_ft.errors import UserError
+from lit_ft.evaluation.gain import interval_in_words, loss_change
+from lit_ft.evaluation.paired import Change, figure, paired_change, verdict
+from lit_ft.evaluation.section import Figure, Section, Table, Verdict
+from lit_ft.evaluation.subject import Scored, Subject
+
+# Nats per token.
+THRESHOLD = 0.02
+
+
+def forgetting(
+    base: Subject,
+    tuned: Subject,
+    *,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    instructions: Mapping[str, Sequence[Example]] | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    answers: int = 1,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    threshold: float = THRESHOLD,
+) -> Section:
+    """Base beside tuned on what the fine-tune was not about.
+
+    The distance needs no data but prompts: the base answers them, drawn at temperature 1, and KL(base ‖ tuned) over the
+    vocabulary is averaged over the tokens of its answers. It is 0 only if the tuned model would still say the same, and
+    it grows where a loss on given texts may not, so it can call forgetting what is but another style.
+
+    The verdict is `worse` if any of the three has its whole interval above the threshold, else `better` if the loss on
+    texts or instructions fell by more, else `unchanged`.
+
+    Args:
+        base, tuned: the models.
+        texts: plain texts, by category.
+        instructions: prompts with an answer each (the first completion counts), by category.
+        prompts: token ids of general prompts, which the base answers.
+        answers: drawn for each prompt; a prompt is one row, however many.
+        max_new_tokens: of an answer.
+        seed: of the draws.
+        threshold: nats per token, for all three.
+
+    Raises:
+        UserError: there is nothing to measure it on.
+    """
+    figures: list[Figure] = []
+    found: list[Verdict] = []
+    said, rows, notes = [], [], []
+    for name, label, scores in (
+        ("text_loss", "loss on general texts", _texts(base, tuned, texts or {})),
+        ("instruction_loss", "loss on general instructions", _instructions(base, tuned, instructions or {})),
+    ):
+        if not scores:
+            continue
+        overall = loss_change(*_joined(scores.values()))
+        figures.append(figure(name, label, overall, unit="nats per token"))
+        found.append(verdict(overall, threshold=threshold, lower_is_better=True))
+        said.append(f"{label} {interval_in_words(overall)}")
+        rows += [_row(label.rpartition(" ")[2], key, loss_change(*pair)) for key, pair in sorted(scores.items())]
+    fitting = [tuple(p) for p in prompts if base.fits(p, max_new_tokens) and tuned.fits(p, max_new_tokens)]
+    if len(fitting) < len(prompts):
+        notes.append(f"{len(prompts) - len(fitting)} prompts leave no room for an answer and were left out.")
+    if fitting:
+        distance = kl_change(tuned.kl_from(base, own_answers(base, fitting, answers, max_new_tokens, seed)))
+        label = "KL(base ‖ tuned) on the base's own answers"
+        figures.append(figure("kl", label, distance, unit="nats per token"))
+        found.append(verdict(distance, threshold=threshold, lower_is_better=True))
+        said.append(f"{label} {interval_in_words(distance)}")
+    if not figures:
+        raise UserError(
+            "There are no general texts, instructions or prompts to measure forgetting on. Leave evaluate's sources at "
+            "their defaults, or give sources that have rows."
+        )
+    header = ("set", "category", "rows", "before", "after", "change", "95% interval")
+    return Section(
+        key="forgetting",
+        title="Forgetting",
+        verdict=_worst(found),
+        sentence=f"In nats per token: {'; '.join(said)} (threshold {threshold:g}).",
+        figures=tuple(figures),
+        tables=(Table("Loss by category, nats per token", header, tuple(rows)),) if rows else (),
+        notes=(
+            *notes,
+            "Small sets of general texts show large losses of ability, not the loss of single facts.",
+        ),
+    )
+
+
+def own_answers(
+    base: Subject, prompts: Sequence[tuple[int, ...]], answers: int, max_new_tokens: int, seed: int
+) -> list[Example]:
+    """The base's answers to each prompt, drawn at temperature 1, with the token that ended them: all are targets."""
+    drawn = base.complete(prompts, answers, max_new_tokens=max_new_tokens, temperature=1.0, seed=seed)
+    return [
+        Example(prompt, tuple(Completion(r.completion, (True,) * len(r.completion)) for r in rollouts))
+        for prompt, rollouts in zip(prompts, drawn, strict=True)
+    ]
+
+
+def kl_change(found: Sequence[Scored]) -> Change:
+    """Mean KL per token as a change from 0, which a model is from itself."""
+    per_token = [total / count if count else 0.0 for total, count in found]
+    return paired_change([0.0] * len(found), per_token, [float(count) for _, count in found])
+
+
+# By category: per row, what both models give it.
+_Scores = dict[str, tuple[list[Scored], list[Scored]]]
+
+
+def _texts(base: Subject, tuned: Subject, texts: Mapping[str, Sequence[str]]) -> _Scores:
+    flat = [text for group in texts.values() for text in group]
+    return _divided(texts, base.text_logprobs(flat), tuned.text_logprobs(flat)) if flat else {}
+
+
+def _instructions(base: Subject, tuned: Subject, instructions: Mapping[str, Sequence[Example]]) -> _Scores:
+    flat = [replace(e, completions=e.completions[:1]) for group in instructions.values() for e in group]
+    if not flat:
+        return {}
+    if without := sum(not example.targets for example in flat):
+        raise UserError(
+            f"{without} of {len(flat)} general instructions have no answer to score: give rows with answers."
+        )
+    before, after = base.token_logprobs(flat), tuned.token_logprobs(flat)
+    return _divided(instructions, [scores[0] for scores in before], [scores[0] for scores in after])
+
+
+def _divided(groups: Mapping[str, Sequence[object]], before: Sequence[Scored], after: Sequence[Scored]) -> _Scores:
+    """The scores of all rows by category again; without categories in which nothing was scored."""
+    found: _Scores = {}
+    start = 0
+    for key, group in groups.items():
+        own = slice(start, start := start + len(group))
+        if any(count for _, count in before[own]):
+            found[key] = list(before[own]), list(after[own])
+    return found
+
+
+def _joined(pairs: Iterable[tuple[list[Scored], list[Scored]]]) -> tuple[list[Scored], list[Scored]]:
+    listed = list(pairs)
+    return [s for before, _ in listed for s in before], [s for _, after in listed for s in after]
+
+
+def _row(which: str, category: str, change: Change) -> tuple[str, ...]:
+    interval = "too few rows" if change.low is None else f"{change.low:+.3f} to {change.high:+.3f}"
+    return (
+        which,
+        category,
+        str(change.rows),
+        f"{change.before:.3f}",
+        f"{change.after:.3f}",
+        f"{change.change:+.3f}",
+        interval,
+    )
+
+
+def _worst(found: Sequence[Verdict]) -> Verdict:
+    order: tuple[Verdict, ...] = ("worse", "better", "unchanged", "unknown")
+    return next(verdict for verdict in order if verdict in found)

@@ -1,0 +1,1 @@
+"""What scores completions: published judges, Python functions, and weighted sums of them."""

@@ -1,0 +1,52 @@
+"""The benchmark of RLHF on a tiny model: every part of it, with completions by transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.benchmarks import rlhf
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_by_hand() -> None:
+    row = {"generation": 4.0, "rewards": 1.0, "scoring": 2.0, "updates": 3.0, "algorithm": "ppo", "rollout": "vllm"}
+    assert rlhf.time_table([row])[1].split() == ["ppo", "vllm", "4.0", "1.0", "2.0", "3.0", "10.0"]
+    policy = {"kl": 1.5, "score": 0.2, "trained_on": 0.4, "gain": (-0.1, 0.3), "length": 20.0, "ended": 0.5}
+    assert rlhf.quality_table({"PPO": policy})[1].split() == (
+        ["PPO", "1.50", "0.400", "0.200", "-0.100", "…", "+0.300", "20.0", "50%"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
+    model = tiny.folder(tmp_path / "tiny")
+    rows = [{"prompt": f"{k}?", "chosen": "Yes, it is.", "rejected": "No." if k % 2 else "No, and no, no, no, and no."}
+            for k in range(12)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "-m", "tests.benchmarks.rlhf", "--model", str(model), "--out", str(tmp_path / "out")]
+    command += ["--pairs", "8", "--sft-rows", "8", "--iterations", "1", "--prompts", "4", "--max-new-tokens", "8"]
+    command += ["--preferences", str(tmp_path / "pairs.jsonl"), "--betas", "0.1", "--draws", "1"]
+    command += ["--rollouts", "transformers", "--max-length", "2048"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row["algorithm"] for row in found["time"]] == ["ppo", "grpo"]
+    assert all(row["generation"] > 0 and row["updates"] > 0 for row in found["time"])
+    assert found["memory"]["ppo"]["peak"] > 2**20 < found["memory"]["separate"]["peak"]
+    quality = found["quality"]
+    assert set(quality) == {"SFT", "DPO β=0.1", "PPO", "GRPO"}
+    assert quality["SFT"]["kl"] == pytest.approx(0, abs=1e-5) and quality["SFT"]["gain"] == [0.0, 0.0]
+    pairs = found["judges"]["pairs"]
+    held = [json.loads(line) for line in (tmp_path / "out" / "preferences-heldout.jsonl").read_text().splitlines()]
+    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in held) / 4
+    assert pairs["pairs"] == len(held) == 4 and 0 < pairs["tokens"] == pairs["characters"] == longer < 1
+    assert found["judges"]["the desk's"]["characters"] == 0.85
+    assert (tmp_path / "out" / "reward_kl.svg").read_text().startswith("<svg")

@@ -1,0 +1,149 @@
+"""The section on what was forgotten: a model against itself, one that drifts, and numbers derived by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from lit_ft.batches import Completion, Example
+from lit_ft.errors import UserError
+from lit_ft.evaluation.forgetting import forgetting, kl_change, own_answers
+from lit_ft.evaluation.section import Figure, Section
+from lit_ft.evaluation.subject import Subject
+from lit_ft.models.kinds.lora import apply_lora
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer()
+TEXTS = {"weather": ["Rain fell all night.", "The wind turned.", "Snow lay deep."], "stone": ["Granite is hard."] * 2}
+PROMPTS = [(5, 6, 7), (8, 9), (10,) * 6, (40, 41)]
+
+
+def instruction(prompt: tuple[int, ...], answer: tuple[int, ...]) -> Example:
+    return Example(prompt, (Completion(answer, (True,) * len(answer)),))
+
+
+INSTRUCTIONS = {"sums": [instruction((k, k + 1), (k + 2, k + 3)) for k in range(5, 9)]}
+EVERYTHING: dict[str, Any] = {
+    "texts": TEXTS,
+    "instructions": INSTRUCTIONS,
+    "prompts": PROMPTS,
+    "answers": 2,
+    "max_new_tokens": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Subject:
+    model = apply_lora(tiny.model(), r=4, alpha=8, dropout=0.0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return Subject("base", model, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Subject) -> Subject:
+    """Random changes to every layer: nothing of what the base knew can be better known."""
+    return replace(base, name="tuned", role="default")
+
+
+def named(section: Section) -> dict[str, Figure]:
+    return {figure.name: figure for figure in section.figures}
+
+
+def test_a_model_against_itself(base: Subject) -> None:
+    section = forgetting(base, replace(base, name="tuned"), **EVERYTHING)
+    assert section.verdict == "unchanged"
+    assert list(named(section)) == ["text_loss", "instruction_loss", "kl"]
+    for found in section.figures:
+        assert (found.change, found.low, found.high) == (0, 0, 0)
+    assert [row[5:] for row in section.tables[0].rows] == [("+0.000", "+0.000 to +0.000")] * 3
+
+
+def test_a_drifted_model(base: Subject, tuned: Subject) -> None:
+    """KL per token is the mean over the tokens of the base's own answers, and far above the threshold."""
+    section = forgetting(base, tuned, **EVERYTHING)
+    assert section.verdict == "worse" and "threshold 0.02" in section.sentence
+    kl = named(section)["kl"]
+    rows = tuned.kl_from(base, own_answers(base, PROMPTS, 2, 6, 0))
+    assert len(rows) == 4
+    assert kl.after == pytest.approx(sum(value for value, _ in rows) / sum(count for _, count in rows))
+    assert kl.before == 0 and kl.rows == 4 and kl.low is not None and kl.low > 0.02
+    # The same drift under a threshold above it.
+    assert forgetting(base, tuned, prompts=PROMPTS, max_new_tokens=6, threshold=50.0).verdict == "unchanged"
+
+
+def test_its_own_answers_are_those_of_the_base(base: Subject, tuned: Subject) -> None:
+    """Scored with the token that ended them; the tuned model's own would be others."""
+    answers = own_answers(base, PROMPTS, 2, 6, 3)
+    drawn = base.complete(PROMPTS, 2, max_new_tokens=6, temperature=1.0, seed=3)
+    assert [[c.ids for c in e.completions] for e in answers] == [[r.completion for r in rows] for rows in drawn]
+    assert all(all(c.mask) for e in answers for c in e.completions)
+    assert answers != own_answers(tuned, PROMPTS, 2, 6, 3)
+
+
+def test_kl_is_weighted_by_tokens() -> None:
+    """(3 + 1)/(1 + 3) and not (3 + 1/3)/2; rows without a token do not count."""
+    found = kl_change([(3.0, 1), (1.0, 3), (0.0, 0)])
+    assert (found.before, found.after, found.rows) == (0.0, 1.0, 2)
+
+
+class Told:
+    """A subject that gives each text one score."""
+
+    def __init__(self, per_token: dict[str, float]) -> None:
+        self.per_token = per_token
+
+    def text_logprobs(self, texts: list[str]) -> list[tuple[float, int]]:
+        return [(self.per_token[text] * len(text), len(text)) for text in texts]
+
+
+def test_categories_and_all_of_them() -> None:
+    """Of 4 and 2 tokens a row: loss 1 → 2 in `b`, 3 → 3 in `a`; together (4·1 + 4·1 + 2·3 + 2·3)/12 = 5/3 and 7/3."""
+    texts = {"b": ["bbbb"] * 2, "a": ["aa"] * 2, "none": []}
+    before, after = Told({"bbbb": -1.0, "aa": -3.0}), Told({"bbbb": -2.0, "aa": -3.0})
+    section = forgetting(cast(Subject, before), cast(Subject, after), texts=texts)
+    found = named(section)["text_loss"]
+    assert (found.before, found.after, found.rows) == (pytest.approx(5 / 3), pytest.approx(7 / 3), 4)
+    assert section.tables[0].rows == (
+        ("texts", "a", "2", "3.000", "3.000", "+0.000", "+0.000 to +0.000"),
+        ("texts", "b", "2", "1.000", "2.000", "+1.000", "+1.000 to +1.000"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [(0.03, "worse"), (0.019, "unchanged"), (-0.019, "unchanged"), (-0.03, "better")]
+)
+def test_the_threshold_in_both_directions(change: float, found: str) -> None:
+    before, after = Told({"abcd": -1.0, "ef": -3.0}), Told({"abcd": -1.0 - change, "ef": -3.0 - change})
+    section = forgetting(cast(Subject, before), cast(Subject, after), texts={"a": ["abcd", "ef"]})
+    assert section.verdict == found
+
+
+def test_one_row_has_no_interval_and_no_verdict() -> None:
+    told = cast(Subject, Told({"abcd": -1.0}))
+    section = forgetting(told, told, texts={"a": ["abcd"]})
+    assert section.verdict == "unknown" and section.tables[0].rows[0][-1] == "too few rows"
+
+
+def test_prompts_without_room_are_left_out(base: Subject) -> None:
+    section = forgetting(base, base, prompts=[*PROMPTS, (5,) * 2048, ()], max_new_tokens=2)
+    assert named(section)["kl"].rows == 4
+    assert any("2 prompts leave no room" in note for note in section.notes)
+
+
+@pytest.mark.parametrize(
+    "empty", [{}, {"texts": {}}, {"texts": {"a": []}, "instructions": {"b": []}}, {"prompts": [()]}]
+)
+def test_nothing_to_measure_on(base: Subject, empty: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no general texts, instructions or prompts"):
+        forgetting(base, base, **empty)
+
+
+def test_an_instruction_without_an_answer(base: Subject) -> None:
+    with pytest.raises(UserError, match="1 of 5 general instructions have no answer"):
+        forgetting(base, base, instructions={**INSTRUCTIONS, "empty": [Example((5,), ())]})
