@@ -24,6 +24,8 @@ from lit_ft.errors import UserError
 
 CARD = "card.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What the run took and how its losses went, for the report on the adapter.
+HISTORY = "history.json"
 # The most tokens of a canary: enough to tell adapters apart, few enough that checking costs a server nothing.
 CANARY_TOKENS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

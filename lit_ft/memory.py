@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,6 +347,14 @@ def _gpu_memory(device: torch.device) -> tuple[int | None, int, int | None]:
         return total, max(0, total - free - torch.cuda.memory_reserved(device)), torch.cuda.max_memory_allocated(device)
     except RuntimeError:  # even asking takes memory
         return None, 0, None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the GPU, or resident for this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def machine_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:

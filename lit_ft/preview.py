@@ -234,7 +234,7 @@ class Preview:
         with tempfile.TemporaryDirectory(prefix="lit_ft-preview-") as nowhere:
             module = _module(cfg, self.model, self.kind)  # type: ignore[arg-type]
             last = Path(nowhere, "checkpoints", "last.ckpt")
-            _, _, callbacks = make_callbacks(cfg, module, self.kind, last, validates=self.val is not None)  # type: ignore[arg-type]
+            *_, callbacks = make_callbacks(cfg, module, self.kind, last, validates=self.val is not None)  # type: ignore[arg-type]
             if self.processes == 1:
                 make_trainer(cfg, self.precision, callbacks, Path(nowhere), 1, Ranks(0, 1, 0, 1))  # type: ignore[arg-type]
 

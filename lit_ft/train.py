@@ -223,7 +223,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     )
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
-    best, stopper, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
+    best, stopper, history, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
     if cfg.trainer.profile and ranks.rank == 0:
         from lit_ft.callbacks.profile import ProfileSteps
 
@@ -289,6 +289,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             adapt.save_trained(done.model, target, state)
         else:
             save_judge(done.model, module.head, target, mean=judge[0], std=judge[1])
+        history.write(target, num_tokens=module.num_tokens, device=device)
 
     write = _writer(cfg, save, tokenizer, report)
     published = agree(lambda: folder.publish(adapters, draft, write))

@@ -22,11 +22,12 @@ from lit_ft.models.shard import shard
 
 def make_callbacks(
     cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool
-) -> tuple[Any, FinishStepOnSignal, list[Any]]:
-    """What keeps the best weights, what watches for signals, and all callbacks, these two among them."""
+) -> tuple[Any, FinishStepOnSignal, Any, list[Any]]:
+    """What keeps the best weights, what watches for signals, the run's history, and all callbacks, these among them."""
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from lit_ft.callbacks.adapter_kind import BestCheckpoint, FollowKind
+    from lit_ft.callbacks.history import History
     from lit_ft.callbacks.progress_bar import TrainingBar
 
     best = BestCheckpoint(
@@ -49,14 +50,16 @@ def make_callbacks(
         enable_version_counter=False,
     )
     stopper = FinishStepOnSignal(last)
-    callbacks: list[Any] = [FollowKind(kind), best, regular, stopper]
+    history = History()
+    # Before those that save, so that a checkpoint holds what led to it.
+    callbacks: list[Any] = [FollowKind(kind), history, best, regular, stopper]
     if cfg.trainer.progress:
         callbacks.append(TrainingBar())
     if cfg.trainer.early_stopping is not None:
         if not validates:
             raise UserError("trainer.early_stopping needs held-out rows: set data.val_path or data.val_split.")
         callbacks.append(EarlyStopping(module.monitor, mode=module.monitor_mode, patience=cfg.trainer.early_stopping))
-    return best, stopper, callbacks
+    return best, stopper, history, callbacks
 
 
 def make_strategy(cfg: Config, ranks: Ranks) -> Any:

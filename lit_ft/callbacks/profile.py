@@ -9,9 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,6 +25,7 @@ from lit_ft.batches import Batch, Window
 from lit_ft.flops import computed_tokens, step_flops
 from lit_ft.losses.logprobs import PROFILED
 from lit_ft.machine import matrix_rate
+from lit_ft.memory import peak_memory
 from lit_ft.progress import say
 
 MATRIX = "matrix products"
@@ -371,7 +370,7 @@ class ProfileSteps(Callback):
         running, self._running = self._running, None
         device: torch.device = pl_module.device
         on_gpu = device.type == "cuda"
-        memory = _peak_memory(device)  # the profiler's own results are still to come
+        memory = peak_memory(device)  # the profiler's own results are still to come
         running.profiler.stop()
         events, steps, thread = _read(running.profiler.events())
         totals = attribute(events, steps, thread, on_gpu)
@@ -479,11 +478,3 @@ def _where(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"the CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the GPU, or resident for this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

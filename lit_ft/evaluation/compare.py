@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lit_ft.adapter import ADAPTER_WEIGHTS, weights_sha256
+from lit_ft.adapter import ADAPTER_WEIGHTS, HISTORY, weights_sha256
 from lit_ft.adapter import Base as CardBase
 from lit_ft.batches import Example
 from lit_ft.data.chat import ChatEncoder
@@ -113,7 +113,8 @@ def compare(source: Source, other: Source | None, asked: Asked) -> Report:
 
     def made_overfitting() -> Section:
         train, held_out = rows()
-        return overfitting(before, tuned, train, held_out, scored=asked.rows, probed=asked.probed)
+        curves = _history(source).get("curves")
+        return overfitting(before, tuned, train, held_out, curves=curves, scored=asked.rows, probed=asked.probed)
 
     def made_bias() -> Section:
         path = Path(asked.pairs) if asked.pairs else examples_folder() / "counterfactual_pairs" / "pairs.csv"
@@ -296,12 +297,22 @@ def _cost(source: Source, tuned: Subject) -> Cost:
                 for side in weights.get_slice(name).get_shape():
                     size *= side
                 trained += size
-    metrics = source.card.metrics if source.card is not None else {}
+    history = _history(source)
     return Cost(
         trainable=trained,
         parameters=sum(parameter.numel() for parameter in tuned.model.parameters()),
-        seconds=metrics.get("cost/seconds"),
-        tokens=int(metrics["cost/num_tokens"]) if "cost/num_tokens" in metrics else None,
-        peak_bytes=int(metrics["cost/peak_bytes"]) if "cost/peak_bytes" in metrics else None,
+        seconds=history.get("seconds"),
+        tokens=history.get("num_tokens"),
+        peak_bytes=history.get("peak_bytes"),
         adapter_bytes=sum(path.stat().st_size for path in files),
+        joules=history.get("joules"),
     )
+
+
+def _history(source: Source) -> Mapping[str, Any]:
+    """What the run left; empty for a folder that has none, such as one that others made."""
+    try:
+        found = json.loads((source.path / HISTORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

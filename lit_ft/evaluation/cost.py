@@ -77,7 +77,8 @@ def cost(run: Cost) -> Section:
         sentence = (
             f"{', '.join(said) or 'Some numbers of the run are known'}; cost is shown and not judged (no threshold)."
         )
-    notes = [] if run.joules is not None or not figures else ["This machine has no meter of energy that could be read."]
+    unmetered = "Energy was not counted: no meter of the processor's could be read where it was trained."
+    notes = [unmetered] if figures and run.joules is None else []
     return Section(
         key="cost",
         title="Cost",

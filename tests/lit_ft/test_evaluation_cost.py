@@ -51,7 +51,7 @@ def test_nothing_is_made_up() -> None:
     section = cost(Cost(seconds=10.0, peak_bytes=1 << 20))
     assert set(named(section)) == {"seconds", "peak_memory"}
     assert named(section)["peak_memory"].change is None
-    assert any("no meter of energy" in note for note in section.notes)
+    assert any("Energy was not counted" in note for note in section.notes)
     empty = cost(Cost())
     assert (empty.verdict, empty.figures) == ("unknown", ())
 

@@ -106,6 +106,9 @@ ALLOWED = {
     ),
     "lit_ft/callbacks": (
         "lit_ft.models.kinds",
+        "lit_ft.adapter",
+        "lit_ft.energy",
+        "lit_ft.memory",
         "lit_ft.progress",
         "lit_ft.batches",
         "lit_ft.distributed",

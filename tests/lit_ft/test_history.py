@@ -1,0 +1,76 @@
+"""What a run leaves about itself: its curves and what it took, also over an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_ft import adapter
+from lit_ft.callbacks.history import History
+from tests.conftest import Outcome
+
+
+def step(history: History, number: int, loss: float) -> None:
+    trainer = SimpleNamespace(global_step=number, callback_metrics={"train/loss": torch.tensor(loss)})
+    history.on_train_batch_end(trainer, None)
+
+
+def test_a_long_run_keeps_an_even_part_of_its_steps() -> None:
+    history = History()
+    history.on_train_start(None, None)
+    for number in range(1, 5001):
+        step(history, number, float(number))
+    points = history.curves["training"]
+    assert 500 <= len(points) <= 1000 and points[-1] == (5000, 5000.0)
+    assert {b[0] - a[0] for a, b in pairwise(points)} == {8}
+
+
+def test_a_resumed_run_goes_on_counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [100.0]
+    monkeypatch.setattr("lit_ft.callbacks.history.time.monotonic", lambda: now[0])
+    first, second = History(), History()
+    for history in (first, second):
+        history.on_train_start(None, None)
+        now[0] += 2
+        step(history, 1 if history is first else 2, 1.5)
+        now[0] += 50  # is not counted: no step of this run ended
+        if history is first:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.seconds == 4
+    second.write(tmp_path, num_tokens=7, device=torch.device("cpu"))
+    found = json.loads((tmp_path / "history.json").read_text())
+    assert found["seconds"] == 4 and found["num_tokens"] == 7 and found["peak_bytes"] > 1 << 20
+    assert found["curves"] == {"training": [[1, 1.5], [2, 1.5]], "held-out": []}
+
+
+def test_a_run_leaves_its_curves_beside_the_adapter(cli: Callable[..., Outcome], llama_folder: Path) -> None:
+    rows = [{"prompt": f"How many wheels have {k} bikes?", "completion": f"{k} bikes have {2 * k}."} for k in range(12)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = cli(
+        "+experiment=sft",
+        f"model.id={llama_folder}",
+        "data.path=rows.jsonl",
+        "data.val_split=0.25",
+        "data.batch_size=3",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=3",
+        "trainer.val_check_interval=1",
+        "logger=none",
+        "name=desk",
+    )
+    assert done.code == 0, done.err
+    published = adapter.find(Path("adapters"), "desk")
+    found = json.loads((published.path / "history.json").read_text())
+    curves = found["curves"]
+    assert [point[0] for point in curves["training"]] == [1, 2, 3]
+    assert [point[0] for point in curves["held-out"]] == [0, 1, 2, 3]
+    metrics = published.card.metrics
+    assert curves["held-out"][0][1] == pytest.approx(metrics["before/loss"])
+    assert min(loss for _, loss in curves["held-out"]) == pytest.approx(metrics["eval/loss"])
+    assert found["seconds"] > 0 and found["num_tokens"] > 100
