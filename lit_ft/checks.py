@@ -28,10 +28,19 @@ def check_settings(cfg: Config) -> int:
     if trains_on_votes(cfg):
         _check_votes(cfg)
     _check_kind(cfg)
+    if cfg.evaluate:
+        _check_evaluate(cfg)
     _check_strategy(cfg, devices * cfg.trainer.num_nodes)
     if cfg.strategy.kind in SHARDED:
         _check_model(cfg)
     return devices
+
+
+def _check_evaluate(cfg: Config) -> None:
+    if cfg.algorithm.kind is Algorithm.reward:
+        raise UserError("evaluate=true: a judge answers nothing; how often it is right, its card says.")
+    if cfg.model.tiny:
+        raise UserError("evaluate=true: model.tiny has random weights, which are gone when the run ends.")
 
 
 def devices_here(accelerator: str, devices: Any) -> int:

@@ -227,6 +227,13 @@ def main() -> NoReturn:
 
             adapter = train(cfg)
         print(adapter.path)  # noqa: T201
+        if cfg.evaluate:
+            from lit_ft.evaluate import EvaluateConfig, write_about
+            from lit_ft.progress import say
+
+            gc.collect()  # the model that was trained
+            _, page = write_about(EvaluateConfig(adapter=str(adapter.path)))
+            say(f"report     {page}")
 
     register_schemas()
     launch(task, "config", Config)

@@ -396,6 +396,8 @@ class Config:
     runs: str = "runs"
     """The folder of logs and checkpoints."""
     seed: int = 0
+    evaluate: bool = False
+    """Write the report on the adapter once it is published, as `python -m lit_ft.evaluate` does by default."""
     debug: bool = False
     """Show tracebacks."""
     resume: str | None = None

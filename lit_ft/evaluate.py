@@ -12,6 +12,8 @@ from typing import Any
 from lit_ft.cli import launch, model_is_no_group
 from lit_ft.errors import UserError
 from lit_ft.evaluation.gate import SECTIONS, conditions, reasons
+from lit_ft.evaluation.report import Report
+from lit_ft.progress import say
 
 
 @dataclass
@@ -61,6 +63,22 @@ def evaluate(cfg: EvaluateConfig) -> int:
         UserError: something is missing or does not fit. Where only some sections cannot be made, the report with the
             others is written before.
     """
+    _check(cfg)
+    wanted = conditions(_listed(cfg.fail_if), cfg.sections)
+    report, page = write_about(cfg)
+    print(page)  # noqa: T201
+    if failed := [section for section in report.sections if section.error is not None]:
+        raise UserError(
+            f"{len(failed)} of {len(report.sections)} sections could not be made; the others are in {page}. "
+            + " ".join(f"{section.title}: {section.error}" for section in failed)
+        )
+    if found := reasons(wanted, report):
+        say("\n".join(f"fail_if    {reason}" for reason in found))
+        return 3
+    return 0
+
+
+def _check(cfg: EvaluateConfig) -> None:
     if cfg.adapter is None:
         raise UserError("Give what the report is to be about: python -m lit_ft.evaluate adapter=FOLDER.")
     if unknown := [name for name in cfg.sections if name not in SECTIONS]:
@@ -73,15 +91,22 @@ def evaluate(cfg: EvaluateConfig) -> int:
     for key in ("answered", "own_answers", "probed"):
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)} must not be negative.")
-    wanted = conditions(_listed(cfg.fail_if), cfg.sections)
+
+
+def write_about(cfg: EvaluateConfig) -> tuple[Report, Path]:
+    """Measure, write the report and say its verdicts; returns it and the page's place.
+
+    Raises:
+        UserError: something is missing or does not fit; what fails within a section is said there.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     from lit_ft.evaluation.compare import Asked, compare
     from lit_ft.evaluation.page import as_text
     from lit_ft.evaluation.write import write_report
     from lit_ft.exporting.source import find_source
-    from lit_ft.progress import say
 
+    assert cfg.adapter is not None
     root = Path(cfg.adapters)
     source = find_source(cfg.adapter, root)
     other = None if cfg.against == "base" else find_source(cfg.against, root)
@@ -106,16 +131,7 @@ def evaluate(cfg: EvaluateConfig) -> int:
     page = write_report(report, Path(cfg.output) if cfg.output is not None else source.path / "report")
     for line in as_text(report):
         say(line)
-    print(page)  # noqa: T201
-    if failed := [section for section in report.sections if section.error is not None]:
-        raise UserError(
-            f"{len(failed)} of {len(report.sections)} sections could not be made; the others are in {page}. "
-            + " ".join(f"{section.title}: {section.error}" for section in failed)
-        )
-    if found := reasons(wanted, report):
-        say("\n".join(f"fail_if    {reason}" for reason in found))
-        return 3
-    return 0
+    return report, page
 
 
 def _listed(given: Any) -> str | Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from enum import Enum
@@ -45,6 +46,7 @@ class ExportConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapters: str = "./adapters"
     rank: int | None = None
+    scale: float = 1.0
     dtype: NumberType | None = None
     quantization: Quantization | None = None
     repo: str | None = None
@@ -84,6 +86,11 @@ def _export(cfg: ExportConfig) -> Path | str | None:
     for key, only in _ONLY.items():
         if getattr(cfg, key) not in (None, False) and to is not only:
             raise UserError(f"{key}= has no effect with to={to.value}, only with to={only.value}.")
+    if cfg.scale != 1:
+        if to is Target.hub:
+            raise UserError("scale= has no effect with to=hub: export it with to=lora first, and upload that.")
+        if not (math.isfinite(cfg.scale) and cfg.scale > 0):
+            raise UserError(f"scale={cfg.scale:g} must be above 0: 1 is the adapter as it was trained, 0 its base.")
     # Hub ids and folders are looked up before anything is loaded; transformers shall not ask for more.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -107,16 +114,20 @@ def _export(cfg: ExportConfig) -> Path | str | None:
     if to is Target.lora:
         from lit_ft.exporting import lora
 
-        lora.export(source, output, model=cfg.model.id, rank=cfg.rank)
+        lora.export(source, output, model=cfg.model.id, rank=cfg.rank, scale=cfg.scale)
     elif to is Target.merged:
         from lit_ft.exporting import merged
 
-        merged.export(source, output, model=cfg.model.id, dtype=cfg.dtype.value if cfg.dtype else None)
+        merged.export(source, output, model=cfg.model.id, dtype=cfg.dtype.value if cfg.dtype else None, scale=cfg.scale)
     else:
         from lit_ft.exporting import gguf
 
         gguf.export(
-            source, output, model=cfg.model.id, quantization=cfg.quantization.value if cfg.quantization else "f16"
+            source,
+            output,
+            model=cfg.model.id,
+            quantization=cfg.quantization.value if cfg.quantization else "f16",
+            scale=cfg.scale,
         )
     return output
 

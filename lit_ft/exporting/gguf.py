@@ -95,7 +95,7 @@ def check(config: Any, name: str) -> None:
         )
 
 
-def export(source: Source, output: Path, *, model: str | None, quantization: str) -> None:
+def export(source: Source, output: Path, *, model: str | None, quantization: str, scale: float = 1.0) -> None:
     """Write the merged model as one GGUF file into the folder `output`.
 
     Args:
@@ -103,6 +103,7 @@ def export(source: Source, output: Path, *, model: str | None, quantization: str
         output: a folder that is not there yet.
         model: the base, where the card does not say.
         quantization: `f16`, or `q8_0` (8 bits and a 16-bit scale for each 32 weights).
+        scale: the strength of what was trained (`merged.interpolate`).
 
     Raises:
         UserError: the architecture or the tokenizer is none that can be checked, the file read back is another model;
@@ -110,7 +111,7 @@ def export(source: Source, output: Path, *, model: str | None, quantization: str
     """
     merged.check(source)
     with staged(output) as folder:
-        base = None if source.whole else find_base(source, model)
+        base = None if source.whole and scale == 1 else find_base(source, model)
         from lit_ft.exporting.adapted import load_tokenizer
         from lit_ft.models.load import load_config
 
@@ -118,12 +119,13 @@ def export(source: Source, output: Path, *, model: str | None, quantization: str
         check(config, base.id if base else source.name)
         tokenizer = load_tokenizer(source, base)
         vocabulary = read_vocabulary(tokenizer, config.vocab_size)
-        whole, before, _ = merged.merge(source, base, tokenizer)
+        whole, before, _ = merged.merge(source, base, tokenizer, scale=scale)
         path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{quantization}.gguf"
         write(path, whole, tokenizer, vocabulary, name=source.name, quantization=quantization)
         found = _check_read_back(path, whole, tokenizer, vocabulary, before, quantization)
         size = path.stat().st_size / 1e6
-        text = f"{source.name} as GGUF ({quantization}), read back through transformers: {found}."
+        strength = f" at {scale:g} of its strength" if scale != 1 else ""
+        text = f"{source.name}{strength} as GGUF ({quantization}), read back through transformers: {found}."
         say(f"model      {text}")
         say(f"file       {path.name}, {size:,.0f} MB")
         template = "" if tokenizer.chat_template else "\n\nThe tokenizer has no chat template."

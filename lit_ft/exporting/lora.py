@@ -103,15 +103,18 @@ class Converted(NamedTuple):
     words: str
 
 
-def export(source: Source, output: Path, *, model: str | None, rank: int | None) -> None:
+def export(source: Source, output: Path, *, model: str | None, rank: int | None, scale: float = 1.0) -> None:
     """Write `source` as a plain LoRA to the folder `output`.
 
-    Where `output` ends in NAME/vN it gets a card, with which `python -m serve` serves it as NAME@vN.
+    Where `output` ends in NAME/vN it gets a card, with which `python -m serve` serves it as NAME@vN. With another
+    `scale` than 1 it adds that much of what it adds to the weights.
 
     Raises:
         UserError: it has no such form, or does not fit its base; or `output` cannot be written.
     """
     way = check(source, rank)
+    if way == "copy" and scale != 1:
+        way = "factors"
     ref = as_published(output)
     if way == "copy" and ref and source.card is None and model is None:
         raise UserError(
@@ -126,7 +129,7 @@ def export(source: Source, output: Path, *, model: str | None, rank: int | None)
             copy([source.path / CONFIG, source.path / ADAPTER_WEIGHTS, *tokenizer_files(source, base)], folder)
             canary, rank_now = source.card.canary if source.card else None, rank_of(source.config or {})
         else:
-            text, canary, rank_now, metrics = _convert(source, base, folder, rank, way)
+            text, canary, rank_now, metrics = _convert(source, base, folder, rank, way, scale)
         say(f"adapter    {source.name}: {text}")
         if ref is None:
             write_readme(folder, source, "peft", f"A plain LoRA made of {source.name}: {text}.")
@@ -137,9 +140,11 @@ def export(source: Source, output: Path, *, model: str | None, rank: int | None)
         write_card(folder, source, ref, named, converted=text, rank=rank_now, canary=canary, metrics=metrics)
 
 
-def _convert(source: Source, base: Base, folder: Path, rank: int | None, way: Way) -> tuple[str, Any, int | None, bool]:
+def _convert(
+    source: Source, base: Base, folder: Path, rank: int | None, way: Way, scale: float
+) -> tuple[str, Any, int | None, bool]:
     """Write it; returns what was done, its canary, its rank, and whether it still is what was measured in training."""
-    from lit_ft.exporting.adapted import load_adapted, load_tokenizer
+    from lit_ft.exporting.adapted import load_adapted, load_tokenizer, lora_layers
     from lit_ft.exporting.measure import ROUNDING, difference, outputs
     from lit_ft.models.adapt import lora_rank, save_trained
     from lit_ft.models.canary import canary
@@ -160,9 +165,14 @@ def _convert(source: Source, base: Base, folder: Path, rank: int | None, way: Wa
             f"{source.name} was not converted: {made.words}, which should change nothing, but {found}. "
             "This is a defect of lit_ft; merge the adapter instead (to=merged)."
         )
+    words = made.words
+    if scale != 1:
+        words += f", at {scale:g} of its strength"
+        for _, layer in lora_layers(plain):
+            layer.lora_B["default"].weight.data *= scale
     save_trained(plain, folder)
     copy(tokenizer_files(source, base), folder)
-    return f"{made.words}; {found}", canary(plain, tokenizer), lora_rank(plain), made.exact
+    return f"{words}; {found}", canary(plain, tokenizer), lora_rank(plain), made.exact and scale == 1
 
 
 def _check_layers(source: Source, adapted: Adapted) -> None:
@@ -211,8 +221,10 @@ def converted(source: Source, adapted: Adapted, rank: int | None, way: Way) -> C
             exact[name] = convert.adalora_factors(a, e, b, e[:, 0] != 0, scaling)
         else:
             a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-            exact[name] = convert.without_beginning((a, b * layer.scaling["default"]), adapted.began[name])
-    kind = "AdaLoRA" if source.kind == "AdaLoRA" else "LoRA that began with parts of its base"
+            exact[name] = a, b * layer.scaling["default"]
+            if name in adapted.began:
+                exact[name] = convert.without_beginning(exact[name], adapted.began[name])
+    kind = "LoRA that began with parts of its base" if adapted.began else source.kind
     highest = max(a.shape[0] for a, _ in exact.values())
     if rank is None and highest > MAX_SERVABLE_RANK:
         raise UserError(

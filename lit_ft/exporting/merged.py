@@ -29,7 +29,7 @@ def check(source: Source) -> None:
     takes_from_base(source)
 
 
-def export(source: Source, output: Path, *, model: str | None, dtype: str | None) -> None:
+def export(source: Source, output: Path, *, model: str | None, dtype: str | None, scale: float = 1.0) -> None:
     """Write base and adapter as one model, in safetensors with tokenizer and chat template, to the folder `output`.
 
     Args:
@@ -37,18 +37,19 @@ def export(source: Source, output: Path, *, model: str | None, dtype: str | None
         output: a folder that is not there yet.
         model: the base, where the card does not say.
         dtype: `float32`, `float16` or `bfloat16`; None is the base's own.
+        scale: the strength of what was trained (`interpolate`).
 
     Raises:
         UserError: it cannot be merged or does not fit its base; or `output` cannot be written.
     """
     check(source)
     with staged(output) as folder:
-        if source.whole and dtype in (None, _stored(source.path)):
+        if source.whole and scale == 1 and dtype in (None, _stored(source.path)):
             files = [path for path in sorted(source.path.iterdir()) if _of_model(path)]
             copy([*files, *tokenizer_files(source, None)], folder)
             text = "A whole model already: copied."
         else:
-            text = _write(source, folder, model, dtype)
+            text = _write(source, folder, model, dtype, scale)
         say(f"model      {text}")
         write_readme(folder, source, "transformers", text)
 
@@ -70,17 +71,17 @@ def _of_model(path: Path) -> bool:
     )
 
 
-def _write(source: Source, folder: Path, model: str | None, dtype: str | None) -> str:
+def _write(source: Source, folder: Path, model: str | None, dtype: str | None, scale: float) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
     from lit_ft.exporting.adapted import dtype_of, load_tokenizer, quietly
     from lit_ft.exporting.measure import difference, outputs
 
-    base = None if source.whole else find_base(source, model)
+    base = None if source.whole and scale == 1 else find_base(source, model)
     stored = getattr(torch, dtype) if dtype else dtype_of(base.place if base else source.path)
     tokenizer = load_tokenizer(source, base)
-    whole, before, merged = merge(source, base, tokenizer)
+    whole, before, merged = merge(source, base, tokenizer, scale=scale)
     name = str(stored).removeprefix("torch.")
     say(f"model      written in {name}")
     whole.to(stored)
@@ -93,16 +94,39 @@ def _write(source: Source, folder: Path, model: str | None, dtype: str | None) -
         # What was written, in float32: how it is stored is measured, and not how a machine computes in that type.
         again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     found = difference(before, outputs(again, tokenizer))
-    if base is None:
-        return f"{source.name}, stored in {name}: {found}."
+    strength = f", at {scale:g} of its strength" if scale != 1 else ""
+    if base is None or source.whole:
+        return f"{source.name}{strength}, stored in {name}: {found}."
     return (
-        f"{source.name} ({source.kind}) merged into {base.id} in float32 (largest difference of a log-probability "
-        f"{merged.logprob:.1g}), stored in {name}: {found}."
+        f"{source.name} ({source.kind}{strength}) merged into {base.id} in float32 (largest difference of a "
+        f"log-probability {merged.logprob:.1g}), stored in {name}: {found}."
     )
 
 
-def merge(source: Source, base: Base | None, tokenizer: Any) -> tuple[Any, Outputs, Difference]:
-    """The merged model in float32, the outputs of the adapter on its base, and how much the two differ.
+def interpolate(model: Any, base: Base, scale: float) -> None:
+    """Bring `model` to W₀ + scale·(W − W₀), W₀ being the weights of `base`: 0 is the base, 1 leaves the model.
+
+    Between the two much of what was gained stays while what was forgotten comes back (WiSE-FT: Wortsman et al. 2022,
+    arXiv:2109.01903).
+    """
+    import torch
+
+    from lit_ft.exporting.adapted import load_base
+
+    before = dict(load_base(base).named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # tied ones come once
+            weight.copy_(torch.lerp(before[name].to(weight), weight, scale))
+
+
+def merge(source: Source, base: Base | None, tokenizer: Any, *, scale: float = 1.0) -> tuple[Any, Outputs, Difference]:
+    """The merged model in float32, what it should put out, and how much it differs from the adapter on its base.
+
+    Args:
+        source: an adapter or a whole model.
+        base: may be None for a whole model at its full strength.
+        tokenizer: of both.
+        scale: see `interpolate`; the outputs are those of the model at this strength.
 
     Raises:
         UserError: it does not fit its base, or the merged model is another one.
@@ -111,8 +135,10 @@ def merge(source: Source, base: Base | None, tokenizer: Any) -> tuple[Any, Outpu
     from lit_ft.exporting.measure import ROUNDING, difference, outputs
 
     say("weights    read in float32")
-    if base is None:
+    if base is None or source.whole:
         whole = read_model(str(source.path.resolve()), source.name)
+        if base is not None:
+            interpolate(whole, base, scale)
         before = outputs(whole, tokenizer)
         return whole, before, difference(before, before)
     adapted = load_adapted(source, base)
@@ -130,4 +156,7 @@ def merge(source: Source, base: Base | None, tokenizer: Any) -> tuple[Any, Outpu
         tied = getattr(whole.config, "tie_word_embeddings", False)
         why = " It adapts weights that the model uses twice (tied embeddings)." if tied else ""
         raise UserError(f"{source.name} merged into {base.id} is another model: {found}.{why} It was not written.")
+    if scale != 1:
+        interpolate(whole, base, scale)
+        before = outputs(whole, tokenizer)
     return whole, before, found

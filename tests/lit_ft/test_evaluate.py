@@ -96,6 +96,41 @@ def test_a_whole_report(trained: Callable[..., str], evaluate: Callable[..., Out
     assert shown["gain.verdict"] == "better"
 
 
+def test_the_report_at_the_end_of_training(trained: Callable[..., str]) -> None:
+    """With what the run itself has measured: its curves, time and tokens."""
+    trained("desk", "evaluate=true", "trainer.max_steps=4", "trainer.val_check_interval=1", "data.batch_size=4")
+    sections = report()["sections"]
+    assert all(section["error"] is None for section in sections.values())
+    history = json.loads(Path("adapters/desk/v1/history.json").read_text())
+    figures = sections["cost"]["figures"]
+    assert figures["tokens"]["after"] == history["num_tokens"] > 0
+    assert figures["seconds"]["after"] == pytest.approx(history["seconds"])
+    assert figures["peak_memory"]["after"] == pytest.approx(history["peak_bytes"] / 2**20)
+    (curve,) = sections["overfitting"]["curves"]
+    assert [step for step, _ in curve["lines"]["held-out"]] == [0, 1, 2, 3, 4]
+    last = sections["overfitting"]["figures"]["last_over_best"]
+    losses = [loss for _, loss in history["curves"]["held-out"]]
+    assert last["before"] == pytest.approx(min(losses)) and last["after"] == pytest.approx(losses[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(["+experiment=reward"], "a judge answers nothing"), (["+experiment=sft", "model.tiny=true"], "random weights")],
+)
+def test_no_report_at_the_end_of(words: list[str], why: str, cli: Callable[..., Outcome]) -> None:
+    done = cli(*words, "evaluate=true")
+    assert done.code == 2 and why in said(done)
+    assert not Path("adapters").exists() and not list(Path("runs").glob("*/*"))
+
+
+def test_a_damaged_history_is_left_out(trained: Callable[..., str], evaluate: Callable[..., Outcome]) -> None:
+    trained()
+    for text in ("", "[1]", '{"seconds"'):
+        Path("adapters/desk/v1/history.json").write_text(text)
+        assert evaluate("adapter=desk", "sections=[cost]", *FEW).code == 0
+        assert "seconds" not in report()["sections"]["cost"]["figures"]
+
+
 def test_an_adapter_against_itself(trained: Callable[..., str], evaluate: Callable[..., Outcome]) -> None:
     trained()
     done = evaluate("adapter=desk@v1", "against=adapters/desk/v1", "sections=[gain,forgetting,bias]", *FEW)
