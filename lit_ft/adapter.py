@@ -26,6 +26,8 @@ CARD = "card.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What the run took and how its losses went, for the report on the adapter.
 HISTORY = "history.json"
+# The report itself, where one was made: `report.html` and `report.json` in it.
+REPORT = "report"
 # The most tokens of a canary: enough to tell adapters apart, few enough that checking costs a server nothing.
 CANARY_TOKENS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

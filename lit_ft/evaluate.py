@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_ft.adapter import REPORT
 from lit_ft.cli import launch, model_is_no_group
 from lit_ft.errors import UserError
 from lit_ft.evaluation.gate import SECTIONS, conditions, reasons
@@ -128,7 +129,7 @@ def write_about(cfg: EvaluateConfig) -> tuple[Report, Path]:
         max_tokens=cfg.max_tokens,
     )
     report = compare(source, other, asked)
-    page = write_report(report, Path(cfg.output) if cfg.output is not None else source.path / "report")
+    page = write_report(report, Path(cfg.output) if cfg.output is not None else source.path / REPORT)
     for line in as_text(report):
         say(line)
     return report, page

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import PureWindowsPath
+from urllib.parse import quote
 
-from lit_ft.adapter import Adapter
+from lit_ft.adapter import REPORT, Adapter
 
 BASE = "Base model"
 """What people call it."""
@@ -43,8 +44,16 @@ def adapter_card(adapter: Adapter) -> str:
     metrics = [metric(name, card.metrics[name]) for name in METRICS if name in card.metrics]
     return (
         f"<div class='card'>{_head(adapter.ref, card.algorithm.upper())}{_pairs(facts)}"
-        f"{_section('Data', rows)}{_section('Results', metrics)}</div>"
+        f"{_section('Data', rows)}{_section('Results', metrics)}{_report(adapter)}</div>"
     )
+
+
+def _report(adapter: Adapter) -> str:
+    if not (adapter.path / REPORT / "report.html").is_file():
+        return ""
+    link = f"report/{quote(adapter.ref)}"  # beside the page, which may lie below a proxy's folder
+    words = "Report: what it gained, what it forgot, what it cost"
+    return f"<p><a href='{link}' target='_blank' rel='noopener'>{words}</a></p>"
 
 
 def base_card(title: str, text: str) -> str:

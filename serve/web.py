@@ -13,10 +13,11 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lit_ft.adapter import REPORT
 from lit_ft.errors import UserError
 from serve.fleet import Fleet
 from serve.metrics import Metrics
@@ -151,6 +152,17 @@ def assemble(
         metrics.engine_up(fleet.up)
         return Response(metrics.text(), media_type=metrics.content_type)
 
+    @app.get("/report/{ref}")
+    async def report(ref: str, request: Request) -> Response:
+        """The report on an adapter, for whoever may see the pages: it quotes its data."""
+        if not _may_see_pages(request, login or {}, gradio.tokens):
+            return Response("Log in first.\n", 401)
+        version = fleet.get(ref)
+        page = version.adapter.path / REPORT / "report.html" if version and version.adapter else None
+        if page is None or not page.is_file():
+            return Response("There is no report on that version.\n", 404)
+        return FileResponse(page, media_type="text/html", headers={"Cache-Control": "no-store"})
+
     for router in routers:
         app.include_router(router)
     script = LIVE_JS.read_text(encoding="utf-8")
@@ -181,6 +193,15 @@ def assemble(
     for kind, arguments in reversed(middleware):
         app.add_middleware(kind, **arguments)
     return app
+
+
+def _may_see_pages(request: Request, login: Mapping[str, Any], tokens: Mapping[str, str]) -> bool:
+    """As Gradio decides it: `tokens` are its logins, whose cookies are named `access-token…`."""
+    if "auth_dependency" in login:
+        return login["auth_dependency"](request) is not None
+    if not login.get("auth"):
+        return True
+    return any(name.startswith("access-token") and value in tokens for name, value in request.cookies.items())
 
 
 class Server(uvicorn.Server):

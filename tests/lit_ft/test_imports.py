@@ -48,7 +48,14 @@ ALLOWED = {
         "lit_ft.rlhf",
         "lit_ft.rollouts",
     ),
-    "lit_ft/evaluate.py": ("lit_ft.cli", "lit_ft.errors", "lit_ft.evaluation", "lit_ft.exporting", "lit_ft.progress"),
+    "lit_ft/evaluate.py": (
+        "lit_ft.adapter",
+        "lit_ft.cli",
+        "lit_ft.errors",
+        "lit_ft.evaluation",
+        "lit_ft.exporting",
+        "lit_ft.progress",
+    ),
     "lit_ft/exporting": (
         "lit_ft.exporting",
         "lit_ft.models",

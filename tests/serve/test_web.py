@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -27,9 +29,9 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
         yield page_parts.made(tmp_path, stub, [adapter(tmp_path / "adapters")])
 
 
-def assembled(parts: Parts, host: str = "127.0.0.1", **auth: str) -> FastAPI:
+def assembled(parts: Parts, host: str = "127.0.0.1", **auth: Any) -> FastAPI:
     """As `serve.__main__` puts it together."""
-    access = check_access(host, **auth)  # type: ignore[arg-type]
+    access = check_access(host, **auth)
     return web.assemble(
         app.build("Support desk", parts),
         parts.fleet,
@@ -98,6 +100,40 @@ def test_a_login_stands_before_the_pages_and_a_key_before_the_endpoint(parts: Pa
         right = client.post("/login", data={"username": "ann", "password": "correct horse"})
         assert right.status_code == 200
         assert client.get("/config").status_code == 200
+
+
+def put_report(parts: Parts, text: str = "<h1>What became of it</h1>") -> None:
+    version = parts.fleet.get("support@v1")
+    assert version and version.adapter
+    (version.adapter.path / "report").mkdir()
+    (version.adapter.path / "report" / "report.html").write_text(text)
+
+
+def test_the_report_on_an_adapter_is_linked_from_its_card(parts: Parts) -> None:
+    with TestClient(assembled(parts), base_url=HOME) as client:
+        assert client.get("/report/support@v1").status_code == 404
+        assert "report/" not in parts.card("support@v1")
+        put_report(parts)
+        (link,) = re.findall("href='([^']*)'", parts.card("support@v1"))
+        answer = client.get(f"/{link}")
+        assert answer.status_code == 200 and answer.text == "<h1>What became of it</h1>"
+        assert answer.headers["content-type"].startswith("text/html")
+        for ref in ("support@v2", "base", "..", "%2e%2e%2fsupport@v1", "support@v1%2f..", "support@v1/report.json"):
+            assert "What became" not in client.get(f"/report/{ref}").text, ref
+
+
+def test_a_report_is_for_those_who_may_see_the_pages(parts: Parts, tmp_path: Path) -> None:
+    put_report(parts)
+    users = tmp_path / "users.txt"
+    accounts.add(users, "ann", "correct horse")
+    with TestClient(assembled(parts, users=str(users)), base_url=HOME) as client:
+        assert client.get("/report/support@v1").status_code == 401
+        assert client.get("/report/support@v1", cookies={"access-token-x": "guess"}).status_code == 401
+        client.post("/login", data={"username": "ann", "password": "correct horse"})
+        assert client.get("/report/support@v1").status_code == 200
+    with TestClient(assembled(parts, header="X-User", trusted_proxies=["10.0.0.1"]), base_url=HOME) as client:
+        # Not the proxy, whatever the header says.
+        assert client.get("/report/support@v1", headers={"X-User": "ann"}).status_code == 401
 
 
 @pytest.fixture
