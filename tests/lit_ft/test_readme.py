@@ -22,10 +22,11 @@ from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
 from tests.lit_ft import test_export_gguf
 from tests.lit_ft.made import export, published
+from tests.lit_ft.test_evaluate import FEW, evaluate
 from tests.lit_ft.test_preview import preview
 from tests.lit_ft.test_votes import questions, write_store
 
-__all__ = ["export", "preview"]  # fixtures
+__all__ = ["evaluate", "export", "preview"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,9 @@ SERVING = [c.removeprefix("python -m serve").strip() for c in COMMANDS if re.mat
 ACCOUNTS = [c.removeprefix("python -m serve.accounts ") for c in COMMANDS if c.startswith("python -m serve.accounts ")]
 PREVIEW = [c.removeprefix("python -m lit_ft.preview ") for c in COMMANDS if c.startswith("python -m lit_ft.preview ")]
 EXPORT = [c.removeprefix("python -m lit_ft.export ") for c in COMMANDS if c.startswith("python -m lit_ft.export ")]
+EVALUATE = [
+    c.removeprefix("python -m lit_ft.evaluate ") for c in COMMANDS if c.startswith("python -m lit_ft.evaluate ")
+]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 TINY = ("data.max_length=2048", "data.max_dropped=1", "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none")
 
@@ -117,11 +121,23 @@ def test_export_commands(export: Callable[..., Outcome], tmp_path: Path) -> None
     test_export_gguf.model("llama").save_pretrained(base)
     for folder in (base, published(Path("adapters"), base, "dora")[0].path):
         test_export_gguf.tokenizer().save_pretrained(folder)
-    assert len(EXPORT) == 4
+    assert len(EXPORT) == 5
     for command in EXPORT:
         outcome = export(*shlex.split(command))
         assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in Path("exported").iterdir()) == ["gguf", "lora", "merged"]
+    assert adapter.find(Path("adapters"), "support").ref == "support@v2"
+
+
+def test_evaluate_commands(cli: Callable[..., Outcome], evaluate: Callable[..., Outcome], llama_folder: Path) -> None:
+    assert (
+        cli("+experiment=sft", f"model.id={llama_folder}", "data.max_rows=40", "data.max_val_rows=8", *TINY).code == 0
+    )
+    assert len(EVALUATE) == 2
+    for command in EVALUATE:
+        outcome = evaluate(*shlex.split(command), *FEW)
+        assert outcome.code == 0, outcome.err
+        assert Path(outcome.out.strip()).is_file()
 
 
 def test_help(tmp_path: Path) -> None:
