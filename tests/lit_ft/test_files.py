@@ -139,7 +139,8 @@ def test_a_folder_without_the_split(tmp_path: Path) -> None:
 
 def test_the_projects_own_data() -> None:
     assert open_source("examples:support_sft").name == "examples:support_sft"
-    names = sorted(path.name for path in examples_folder().iterdir())
+    names = sorted(path.parent.name for path in examples_folder().glob("*/train.*"))
+    assert "general" not in names  # a set that reports measure on, not one to train on
     for bad in ("nothing", "..", ".", "", "../../etc", "/", str(examples_folder())):
         with pytest.raises(UserError, match=f"no such example data. There are: {', '.join(names)}."):
             open_source(f"examples:{bad}")

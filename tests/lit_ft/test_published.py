@@ -21,6 +21,7 @@ FILES = {
     "card.json",
     "chat_template.jinja",
     "config.yaml",
+    "history.json",
     "tokenizer.json",
     "tokenizer_config.json",
 }
