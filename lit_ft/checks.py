@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from lit_ft.config import Algorithm, Config, Rollout, Strategy, trains_on_votes
+from lit_ft.config import Algorithm, Config, Peft, Replay, Rollout, Strategy, trains_on_votes
 from lit_ft.distributed import rank, started_by_others
 from lit_ft.errors import UserError
 
 SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})
 # Algorithms that make the completions they learn from.
 ONLINE = frozenset({Algorithm.ppo, Algorithm.grpo})
+# Algorithms that can be held to the base by the KL on its own answers; PPO and GRPO have a KL of their own.
+ANCHORED = frozenset({Algorithm.sft, Algorithm.dpo})
 
 
 def check_settings(cfg: Config) -> int:
@@ -28,6 +31,10 @@ def check_settings(cfg: Config) -> int:
     if trains_on_votes(cfg):
         _check_votes(cfg)
     _check_kind(cfg)
+    _check_anchor(cfg)
+    _check_averaging(cfg)
+    if cfg.scale != 1:
+        _check_scale(cfg)
     if cfg.evaluate:
         _check_evaluate(cfg)
     _check_strategy(cfg, devices * cfg.trainer.num_nodes)
@@ -82,6 +89,103 @@ def _listed(devices: Any) -> list[int] | None:
     if isinstance(devices, str):
         return [int(number) for number in devices.split(",") if number.strip()] if "," in devices else None
     return [int(number) for number in devices] if isinstance(devices, Sequence) else None
+
+
+def _check_scale(cfg: Config) -> None:
+    if not (math.isfinite(cfg.scale) and cfg.scale > 0):
+        raise UserError(f"scale={cfg.scale:g} must be above 0: 1 is the adapter as it was trained, 0 its base.")
+    if cfg.algorithm.kind not in ANCHORED:
+        raise UserError(
+            f"scale={cfg.scale:g} is for SFT and DPO; algorithm={cfg.algorithm.kind.value} publishes as it trained."
+        )
+    later = f"export it so when it is published: python -m lit_ft.export scale={cfg.scale:g}"
+    if cfg.peft.kind in (Peft.dora, Peft.full):
+        raise UserError(
+            f"scale={cfg.scale:g} with peft={cfg.peft.kind.value} needs the base's weights beside the trained ones: "
+            f"{later}."
+        )
+    if cfg.strategy.kind in SHARDED:
+        raise UserError(f"scale={cfg.scale:g} has not been made for strategy={cfg.strategy.kind.value}: {later}.")
+
+
+def _check_anchor(cfg: Config) -> None:
+    """What holds a policy to its base: by the KL on the base's own answers, or by mixing them in."""
+    from lit_ft.models.kinds import KINDS
+
+    algorithm = cfg.algorithm.kind
+    kl_coef = getattr(cfg.algorithm, "kl_coef", 0.0) if algorithm in ANCHORED else 0.0
+    for key, number in (
+        ("algorithm.kl_coef", kl_coef),
+        ("trainer.kl_weight", cfg.trainer.kl_weight),
+        ("replay.weight", cfg.replay.weight),
+    ):
+        if not (math.isfinite(number) and number >= 0):
+            raise UserError(f"{key}={number} must be a number from 0 on.")
+    for key, number, least in (
+        ("replay.max_prompts", cfg.replay.max_prompts, 4),
+        ("replay.max_new_tokens", cfg.replay.max_new_tokens, 1),
+        ("algorithm.kl_batch_size", getattr(cfg.algorithm, "kl_batch_size", 1), 1),
+    ):
+        if number < least:
+            raise UserError(f"{key}={number} must be at least {least}.")
+    if cfg.replay.kind is Replay.self and algorithm is not Algorithm.sft:
+        other = (
+            "algorithm.kl_coef holds DPO to it" if algorithm is Algorithm.dpo else "the KL in its loss holds it to it"
+        )
+        raise UserError(
+            f"replay=self mixes answers of the base into rows that have one answer each, and "
+            f"algorithm={algorithm.value} trains on others: leave it out; {other}."
+        )
+    if cfg.trainer.kl_weight and algorithm not in ANCHORED:
+        raise UserError(
+            f"trainer.kl_weight compares the steps of SFT and DPO; leave it out with algorithm={algorithm.value}."
+        )
+    asked = [
+        key for key, value in (("algorithm.kl_coef", kl_coef), ("trainer.kl_weight", cfg.trainer.kl_weight)) if value
+    ]
+    kind = KINDS[cfg.peft.kind.value]
+    if asked and (kind.whole_model or kind.changes_base):
+        raise UserError(
+            f"{asked[0]} needs the base below the adapter, and with peft={cfg.peft.kind.value} there is none: use "
+            "peft=lora, or replay=self, which needs it at the beginning only."
+        )
+    if cfg.replay.kind is Replay.self:
+        asked.append("replay=self")
+    if asked and cfg.strategy.kind in SHARDED:
+        raise UserError(
+            f"{asked[0]} has the base answer prompts, which needs the whole model on each device, and "
+            f"strategy={cfg.strategy.kind.value} shards it: use strategy=ddp, or mix rows of your own in with data.mix."
+        )
+
+
+def _check_averaging(cfg: Config) -> None:
+    """What an average of the weights asks of the rest."""
+    from lit_ft.models.kinds import KINDS
+
+    decay, name = cfg.trainer.ema_decay, cfg.peft.kind.value
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        raise UserError(
+            f"trainer.ema_decay={decay} must be above 0 and below 1: of 0.99 about the last 100 steps count. Leave it "
+            "out to publish the weights themselves."
+        )
+    if cfg.strategy.kind in SHARDED:
+        raise UserError(
+            f"trainer.ema_decay averages weights that are whole on each device, and strategy={cfg.strategy.kind.value} "
+            "shards them: use strategy=ddp, or leave trainer.ema_decay out."
+        )
+    if KINDS[name].scheduled:
+        raise UserError(
+            f"trainer.ema_decay brings back what peft={name} takes away: in an average the ranks that it sets to zero "
+            "are not zero. Use peft=lora, or leave trainer.ema_decay out."
+        )
+    if cfg.algorithm.kind in ONLINE and cfg.rollout is not None and cfg.rollout.kind is Rollout.vllm:
+        raise UserError(
+            "trainer.ema_decay measures the average, and the engine of rollout=vllm would complete held-out prompts "
+            "with one policy and the next ones in training with the other: use rollout=transformers, or leave "
+            "trainer.ema_decay out."
+        )
 
 
 def _check_nodes(cfg: Config, devices: int) -> None:

@@ -56,6 +56,16 @@ class Reference(Enum):
     base = "base"
 
 
+class Replay(Enum):
+    none = "none"
+    self = "self"
+
+
+class Prompts(Enum):
+    general = "general"
+    task = "task"
+
+
 class KLKind(Enum):
     k1 = "k1"
     k2 = "k2"
@@ -182,13 +192,25 @@ class AlgorithmConfig:
 
 
 @dataclass
-class SFTConfig(AlgorithmConfig):
+class AnchoredConfig(AlgorithmConfig):
+    """What SFT and DPO have in common: they can be held to the base by the KL on its own answers."""
+
+    kl_coef: float = 0.0
+    """Weight of KL(base ‖ policy) per token on the base's own answers; 0.1 to 1 hold a policy back."""
+    kl_prompts: Prompts = Prompts.general
+    """What the base answers for it: `general` prompts (replay.path), or those of the `task`'s training rows."""
+    kl_batch_size: int = 4
+    """Of those answers, per optimizer step."""
+
+
+@dataclass
+class SFTConfig(AnchoredConfig):
     kind: Algorithm = Algorithm.sft
     learning_rate: float = 2e-4
 
 
 @dataclass
-class DPOConfig(AlgorithmConfig):
+class DPOConfig(AnchoredConfig):
     kind: Algorithm = Algorithm.dpo
     learning_rate: float = 1e-5
     beta: float = 0.1
@@ -340,6 +362,20 @@ class VotesConfig(DataConfig):
 
 
 @dataclass
+class ReplayConfig:
+    kind: Replay = MISSING
+    """`self`: the base answers general prompts once, and its answers are mixed into the training rows."""
+    weight: float = 0.5
+    """Rows of them per training row."""
+    path: str = "examples:general_prompts"
+    """The prompts, in any of the formats for SFT."""
+    max_prompts: int = 96
+    """Of them, at most. A quarter is left out of training: eval/kl is measured on it."""
+    max_new_tokens: int = 96
+    """Of an answer."""
+
+
+@dataclass
 class TrainerConfig:
     accelerator: str = "auto"
     devices: Any = 1
@@ -357,8 +393,14 @@ class TrainerConfig:
     log_every_n_steps: int = 1
     save_every_n_steps: int = 50
     """Steps between writings of last.ckpt."""
+    kl_weight: float = 0.0
+    """Compare steps by the held-out loss plus this times the KL to the base on its own answers to general prompts:
+    which is the best, and when early_stopping ends the run."""
     early_stopping: int | None = None
     """Stop after this many validations without a better held-out loss."""
+    ema_decay: float | None = None
+    """Publish an exponential moving average of the trained weights, with this decay (0.99, say); held-out metrics are
+    the average's. null: the weights themselves."""
     threads: int | None = None
     """Threads on a CPU; null measures which number is fastest (OMP_NUM_THREADS decides where it is set)."""
     profile: bool = False
@@ -396,6 +438,8 @@ class Config:
     runs: str = "runs"
     """The folder of logs and checkpoints."""
     seed: int = 0
+    scale: float = 1.0
+    """The part of its strength with which the adapter is published: 0.7 forgets less and knows less."""
     evaluate: bool = False
     """Write the report on the adapter once it is published, as `python -m lit_ft.evaluate` does by default."""
     debug: bool = False
@@ -414,6 +458,7 @@ class Config:
     trainer: TrainerConfig = MISSING
     strategy: StrategyConfig = MISSING
     logger: Any = None
+    replay: ReplayConfig = MISSING
     rollout: RolloutConfig | None = None
     """What makes completions for PPO and GRPO: `transformers`, or `vllm`, the engine of the server."""
     reward: Any = None
@@ -447,6 +492,7 @@ def register_schemas() -> None:
     store.store(group="algorithm", name="ppo_schema", node=PPOConfig)
     store.store(group="algorithm", name="grpo_schema", node=GRPOConfig)
     store.store(group="rollout", name="rollout_schema", node=RolloutConfig)
+    store.store(group="replay", name="replay_schema", node=ReplayConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="data", name="votes_schema", node=VotesConfig)
     store.store(group="trainer", name="trainer_schema", node=TrainerConfig)

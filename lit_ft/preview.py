@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_ft.config import Algorithm, Config, Strategy, register_schemas, trains_on_votes
+from lit_ft.config import Algorithm, Config, Replay, Strategy, register_schemas, trains_on_votes
 from lit_ft.errors import UserError
 from lit_ft.preview_page import Line, Piece, Section, as_html, as_text, columns, plain
 
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     from lit_ft.adapter import Adapter
     from lit_ft.batches import Batch, Example
+    from lit_ft.data.chat import ChatEncoder
     from lit_ft.data.datamodule import Prepared
     from lit_ft.data.packing import Layout
     from lit_ft.estimate import Estimate, Rehearsal, Setting
     from lit_ft.models.kinds import AdapterKind
     from lit_ft.models.precision import Precision
+    from lit_ft.replay import Replayed
 
 _ROWS = 3
 # Sizes in which GPUs are sold, in GiB.
@@ -197,12 +199,28 @@ class Preview:
         self.layout: Layout
         self.layout, self.why_padded = train._layout(cfg, self.model, self.device)
         if resumed is not None:
-            resumed.must_be(train._identity(cfg, base, self.data, votes))
+            known = train._identity(cfg, base, self.data, votes)
+            # What the base answers is not known here.
+            resumed.must_be({k: v for k, v in known.items() if k != "data" or cfg.replay.kind is not Replay.self})
+        self.own = self._replayed(encoder)
         if cfg.algorithm.kind is Algorithm.dpo:
             self._check_reference(base)
         self.steps_per_epoch, self.steps = self._count_steps()
         self.kind.schedule(self.steps)
         self._check_trainer()
+
+    def _replayed(self, encoder: ChatEncoder) -> Replayed:
+        """Stand-ins for the base's own answers, which are among the training rows from here on."""
+        from lit_ft.data.datamodule import mixed
+        from lit_ft.replay import replayed, stand_ins
+
+        def answer(prompts: list[tuple[int, ...]], below: bool) -> list[Example]:
+            return stand_ins(prompts, self.cfg.replay.max_new_tokens)
+
+        own = replayed(self.cfg, self.kind, encoder, self.data.examples, answer)
+        if own.mixed is not None:
+            self.data = mixed(self.data, [(own.mixed, self.cfg.replay.weight)], self.cfg.seed)
+        return own
 
     def _base_hash(self, resumed: bool) -> str:
         """Of the base's weights, where something depends on it: it takes a look at all of them."""
@@ -232,7 +250,7 @@ class Preview:
 
         cfg = OmegaConf.merge(self.cfg, {"logger": None, "trainer": {"progress": False}})
         with tempfile.TemporaryDirectory(prefix="lit_ft-preview-") as nowhere:
-            module = _module(cfg, self.model, self.kind)  # type: ignore[arg-type]
+            module = _module(cfg, self.model, self.kind, None)  # type: ignore[arg-type]
             last = Path(nowhere, "checkpoints", "last.ckpt")
             *_, callbacks = make_callbacks(cfg, module, self.kind, last, validates=self.val is not None)  # type: ignore[arg-type]
             if self.processes == 1:

@@ -26,7 +26,7 @@ from lit_ft.models.resolve import resolve_model
 from lit_ft.models.roles import POLICY, add_role, copy_role, train_only
 from lit_ft.progress import say
 from lit_ft.rewards.base import Reward, RewardSpec, parse_rewards
-from lit_ft.rollouts.base import RolloutEngine, Sampling
+from lit_ft.rollouts.base import RolloutEngine, Sampling, stop_ids
 
 # The engine may hold more tokens at a time than a training step: there are no gradients.
 _ROLLOUT_TOKENS = {"cpu": 4096, "cuda": 131_072}
@@ -184,13 +184,6 @@ def make_engine(
         retries=cfg.rollout.retries,
         max_model_len=min(cfg.data.max_length + 1, context_length(model) or cfg.data.max_length + 1),
     )
-
-
-def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What ends a completion: the tokenizer's end of text and those of the model's own settings for generation."""
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = given if isinstance(given, list) else [given]
-    return tuple(sorted({tokenizer.eos_token_id, *(int(token) for token in own if token is not None)}))
 
 
 def online_module(

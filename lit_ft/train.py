@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,13 +21,14 @@ from lit_ft import adapter as folder
 from lit_ft.adapter import Adapter, Base, Canary, Draft
 from lit_ft.allocator import keep_freed_memory
 from lit_ft.announce import devices_line, first_lines, quiet
+from lit_ft.batches import Example
 from lit_ft.callbacks.interrupt import Interrupted, stopping_on_signals
 from lit_ft.checkpoint import Resumed, find_checkpoint
 from lit_ft.checkpoint import before as checkpoint_before
 from lit_ft.checks import ONLINE, SHARDED, check_settings, device_number
 from lit_ft.config import Algorithm, Config, Packing, trains_on_votes
 from lit_ft.data.chat import ChatEncoder, set_chat_template
-from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples
+from lit_ft.data.datamodule import ExamplesDataModule, Mix, Prepared, load_examples, mixed
 from lit_ft.data.formats import Kind
 from lit_ft.data.packing import Layout
 from lit_ft.data.votes import Votes, read_votes
@@ -55,8 +57,10 @@ from lit_ft.models.precision import Precision, choose_precision
 from lit_ft.models.resolve import cache_folder, model_fingerprint
 from lit_ft.models.roles import leave_only
 from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
+from lit_ft.modules.anchor import Anchor
 from lit_ft.progress import metric_line, say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
+from lit_ft.replay import Replayed, base_answers, replayed
 from lit_ft.rlhf import Roles, online_module
 from lit_ft.sweep import write_result
 from lit_ft.trainer import best_metrics, make_callbacks, make_mesh, make_trainer, mapping, shard_model
@@ -168,6 +172,15 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     else:
         rows = f"padded ({why_padded})"
     rows += f", up to {max_tokens:,} tokens a pass"
+    own = replayed(
+        cfg,
+        kind,
+        encoder,
+        data.examples,
+        partial(_answers_of_base, cfg, model, tokenizer, base.hash, precision, device),
+    )
+    if own.mixed is not None:
+        data = mixed(data, [(own.mixed, cfg.replay.weight)], cfg.seed)
     mesh = make_mesh(cfg, device, ranks)
     replica, replicas = (mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()) if mesh else ranks[:2]
     first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
@@ -176,7 +189,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     if ranks.size > 1:
         say(devices_line(cfg, model, ranks))
 
-    identity = _identity(cfg, base, data, votes) | (roles.identity if roles else {})
+    identity = _identity(cfg, base, data, votes) | dict(own.identity) | (roles.identity if roles else {})
     if resumed is not None:
         resumed.must_be(identity)
     if cfg.algorithm.kind is Algorithm.dpo:
@@ -209,7 +222,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             **batches,
         )
     else:
-        module = _module(cfg, model, kind)
+        module = _module(cfg, model, kind, _anchor(cfg, own, batches))
     module.parent = start.ref if start else None
     module.identity = identity
     datamodule = ExamplesDataModule(
@@ -223,7 +236,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     )
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
-    best, stopper, history, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
+    best, stopper, history, average, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
     if cfg.trainer.profile and ranks.rank == 0:
         from lit_ft.callbacks.profile import ProfileSteps
 
@@ -248,6 +261,8 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     if stopped := greatest(stopper.received or 0):
         raise Interrupted(stopped, last)
 
+    if average is not None:
+        average.publish(module)
     metrics = best_metrics(module, best, trainer, datamodule if val else None)
     metrics |= {f"before/{key.removeprefix('eval/')}": float(value) for key, value in module.before.items()}
     report = kind.report()
@@ -262,6 +277,15 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         judge = _normalised(module, data, precision, device, **batches)
         metrics |= {"judge/mean": judge[0], "judge/std": judge[1]}
     done = kind.published(module.model)
+    if cfg.scale != 1:
+        adapt.weaken(done.model, cfg.scale)
+        done = replace(
+            done, converted=f"{done.converted + '; ' if done.converted else ''}at {cfg.scale:g} of its strength"
+        )
+        if val is not None:
+            module.model = done.model  # what is published is what is measured
+            again = trainer.validate(module, datamodule, verbose=False)[0]
+            metrics |= {key: float(value) for key, value in again.items() if key.startswith("eval/")}
     if done.converted:
         say(f"converted  {done.converted}")
     reason = "it has random weights (model.tiny)" if cfg.model.tiny else adapt.why_not_servable(done.model)
@@ -402,6 +426,9 @@ def _identity(cfg: Config, base: Base, data: Prepared, votes: Votes | None) -> d
         "data.train_on": cfg.data.train_on.value,
         "data.chat_template": str(cfg.data.chat_template),
         "data.shuffle": str(cfg.data.shuffle),
+        "replay": cfg.replay.kind.value,
+        "trainer.kl_weight": str(cfg.trainer.kl_weight),
+        "trainer.ema_decay": str(cfg.trainer.ema_decay),
         "seed": str(cfg.seed),
         **({"votes.until": str(votes.newest)} if votes else {}),
     }
@@ -564,12 +591,57 @@ def _shared(cfg: Config, kind: AdapterKind) -> dict[str, Any]:
     }
 
 
-def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
+def _answers_of_base(
+    cfg: Config,
+    model: Any,
+    tokenizer: Any,
+    base_hash: str,
+    precision: Precision,
+    device: torch.device,
+    prompts: list[tuple[int, ...]],
+    below: bool,
+) -> list[Example]:
+    autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
+    # Random weights differ from run to run: their seed is part of what they are.
+    tiny = [cfg.seed, cfg.model.id] if cfg.model.tiny else None
+
+    def make() -> list[Example]:
+        return base_answers(
+            model.to(device),
+            tokenizer,
+            prompts,
+            max_new_tokens=cfg.replay.max_new_tokens,
+            kept=cache_folder() / "replay",
+            depends_on=[base_hash, tiny, precision.trainer, str(precision.weights), device.type],
+            below=below,
+            autocast=autocast,
+        )
+
+    return agree(make)
+
+
+def _anchor(cfg: Config, own: Replayed, batches: dict[str, Any]) -> Anchor | None:
+    """What holds the policy to its base, or None."""
+    if not (own.trained or own.held_out):
+        return None
+    algorithm: Any = cfg.algorithm
+    return Anchor(
+        own.trained,
+        own.held_out,
+        kl_coef=algorithm.kl_coef,
+        weight=cfg.trainer.kl_weight,
+        batch_size=algorithm.kl_batch_size,
+        seed=cfg.seed,
+        **batches,
+    )
+
+
+def _module(cfg: Config, model: Any, kind: AdapterKind, anchor: Anchor | None) -> Any:
     from lit_ft.modules import DPOModule, RewardModule, SFTModule
 
     algorithm, shared = cfg.algorithm, _shared(cfg, kind)
     if algorithm.kind is Algorithm.sft:
-        return SFTModule(model, **shared)
+        return SFTModule(model, anchor=anchor, **shared)
     if algorithm.kind is Algorithm.reward:
         center = algorithm.center_rewards_coefficient  # type: ignore[attr-defined]
         return RewardModule(model, center_coefficient=center, **shared)
@@ -579,6 +651,7 @@ def _module(cfg: Config, model: Any, kind: AdapterKind) -> Any:
         loss_type=algorithm.loss_type.value,  # type: ignore[attr-defined]
         label_smoothing=algorithm.label_smoothing,  # type: ignore[attr-defined]
         reference=algorithm.reference.value,  # type: ignore[attr-defined]
+        anchor=anchor,
         **shared,
     )
 

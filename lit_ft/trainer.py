@@ -22,11 +22,14 @@ from lit_ft.models.shard import shard
 
 def make_callbacks(
     cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool
-) -> tuple[Any, FinishStepOnSignal, Any, list[Any]]:
-    """What keeps the best weights, what watches for signals, the run's history, and all callbacks, these among them."""
+) -> tuple[Any, FinishStepOnSignal, Any, Any, list[Any]]:
+    """What keeps the best weights, what watches for signals, the run's history, what averages the weights or None, and
+    all callbacks, these among them.
+    """
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from lit_ft.callbacks.adapter_kind import BestCheckpoint, FollowKind
+    from lit_ft.callbacks.averaging import AverageWeights
     from lit_ft.callbacks.history import History
     from lit_ft.callbacks.progress_bar import TrainingBar
 
@@ -53,13 +56,19 @@ def make_callbacks(
     history = History()
     # Before those that save, so that a checkpoint holds what led to it.
     callbacks: list[Any] = [FollowKind(kind), history, best, regular, stopper]
+    average = None
+    if cfg.trainer.ema_decay is not None:
+        average = AverageWeights(cfg.trainer.ema_decay)
+        callbacks.insert(callbacks.index(best) + 1, average)  # after a validation `best` saves what it puts away
     if cfg.trainer.progress:
         callbacks.append(TrainingBar())
+    if cfg.trainer.kl_weight and not validates:
+        raise UserError("trainer.kl_weight needs held-out rows: set data.val_path or data.val_split.")
     if cfg.trainer.early_stopping is not None:
         if not validates:
             raise UserError("trainer.early_stopping needs held-out rows: set data.val_path or data.val_split.")
         callbacks.append(EarlyStopping(module.monitor, mode=module.monitor_mode, patience=cfg.trainer.early_stopping))
-    return best, stopper, history, callbacks
+    return best, stopper, history, average, callbacks
 
 
 def make_strategy(cfg: Config, ranks: Ranks) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lit_ft.batches import Batch, Completion, Example
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
 from lit_ft.errors import UserError
-from lit_ft.losses.logprobs import logits_of, slices, sum_by_completion
+from lit_ft.losses.divergence import token_kl
+from lit_ft.losses.logprobs import sum_by_completion
 from lit_ft.models.adapt import causal_lm, is_adapted
 from lit_ft.models.attention import PACKED
 from lit_ft.models.load import context_length
 from lit_ft.models.roles import using
-from lit_ft.models.score import before_softmax, completion_logprobs, hidden_states, use_packed_attention
+from lit_ft.models.score import completion_logprobs, predictions, use_packed_attention
 from lit_ft.progress import Progress, say
 from lit_ft.reference import read_cached, reference_key, write_cached
 from lit_ft.rollouts import Rollout, Sampling
+from lit_ft.rollouts.base import stop_ids
+from lit_ft.rollouts.kept import read_kept, write_kept
 from lit_ft.rollouts.transformers import TransformersRollouts
 
 # A sum of log-probabilities in nats, and over how many tokens.
 Scored = tuple[float, int]
-# States whose distributions over the vocabulary exist at a time: with 150,000 entries, four of them take 150 MB.
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,6 @@ class Subject:
         Raises:
             UserError: a prompt is empty or leaves no room to answer (see `fits`), or the temperature is below 0.
         """
-        from lit_ft.rlhf import stop_ids
-
         greedy = temperature == 0
         stops = stop_ids(causal_lm(self.model), self.tokenizer)
         sampling = Sampling(1.0 if greedy else temperature, max_new_tokens, stops)
@@ -146,7 +142,7 @@ class Subject:
             answers={"n": 1 if greedy else n, "temperature": temperature, "seed": None if greedy else seed},
             sampling=[max_new_tokens, *stops],
         )
-        found = self._read_answers(key, asked)
+        found = read_kept(self.kept.folder, key, asked) if self.kept else None
         if found is None:
             engine = _Greedy if greedy else TransformersRollouts
             rollouts = engine(self.model, sampling, self._pad_id, self.max_tokens, autocast=self.autocast)
@@ -154,15 +150,16 @@ class Subject:
             with using(self.model, self.role):
                 found = rollouts.generate(asked, 1 if greedy else n, seed, progress=progress.show)
             progress.close()
-            self._write_answers(key, found)
+            if self.kept:
+                with _optional(self.kept.folder):
+                    write_kept(self.kept.folder, key, found)
         return [rows * n for rows in found] if greedy else found
 
     @torch.no_grad()
     def kl_from(self, other: Subject, examples: Sequence[Example]) -> list[Scored]:
         """How far this model is from `other` on each example: Σ_t KL(other ‖ self) over its targets, and how many.
 
-        KL(p ‖ q) = Σ_v p_v · (log p_v − log q_v) in nats, exact over the vocabulary, in float32; distributions of
-        `_CHUNK` targets exist at a time.
+        Exact over the vocabulary (`lit_ft.losses.divergence`).
 
         Args:
             other: a model with the same vocabulary, such as the base that wrote the completions.
@@ -186,13 +183,12 @@ class Subject:
         progress = Progress(f"distance of {self.name} from {other.name}", len(examples))
         for group in self._groups(examples, layout):
             with other._computing():
-                before = _Distributions(other.model, batch := other._batch(group, layout))
+                before = predictions(other.model, batch := other._batch(group, layout))
             with self._computing():
-                after = _Distributions(self.model, self._batch(group, layout))
-            tokens = [_kl(before.logprobs(rows), after.logprobs(rows)) for rows in slices(len(before.states), _CHUNK)]
-            joined = torch.cat(tokens) if tokens else torch.zeros(0)
-            targets = batch.target_completion.to(joined.device)
-            sums = iter(sum_by_completion(joined, targets, batch.num_completions).tolist())
+                after = predictions(self.model, self._batch(group, layout))
+            apart = token_kl(before, after)
+            targets = batch.target_completion.to(apart.device)
+            sums = iter(sum_by_completion(apart, targets, batch.num_completions).tolist())
             for example in group:
                 found[example.index] = sum(next(sums) for _ in example.completions) + 0.0, example.targets
             progress.advance(len(group))
@@ -287,56 +283,12 @@ class Subject:
             what=what,
         )
 
-    def _read_answers(self, key: str, prompts: Sequence[tuple[int, ...]]) -> list[list[Rollout]] | None:
-        if self.kept is None:
-            return None
-        try:
-            kept = json.loads((self.kept.folder / f"{key}.json").read_text(encoding="utf-8"))
-            return [
-                [Rollout(prompt, tuple(ids), bool(ended)) for ids, ended in rows]
-                for prompt, rows in zip(prompts, kept, strict=True)
-            ]
-        except (OSError, ValueError, TypeError):  # absent, cut or foreign: made again
-            return None
-
-    def _write_answers(self, key: str, found: Sequence[Sequence[Rollout]]) -> None:
-        if self.kept is None:
-            return
-        with _optional(self.kept.folder):
-            self.kept.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.kept.folder / f".{key}-{uuid.uuid4().hex[:8]}"
-            try:
-                beside.write_text(json.dumps([[(r.completion, r.ended) for r in rows] for rows in found]))
-                beside.replace(self.kept.folder / f"{key}.json")
-            finally:
-                beside.unlink(missing_ok=True)
-
 
 class _Greedy(TransformersRollouts):
     """The likeliest token each time: `Sampling` has no temperature 0, since nothing can be drawn at it."""
 
     def _processors(self, seeds: list[int], device: torch.device) -> list[Any]:
         return []
-
-
-class _Distributions:
-    """What a model predicts at a batch's targets, formed a few targets at a time."""
-
-    def __init__(self, model: Any, batch: Batch) -> None:
-        hidden = hidden_states(model, batch).index_select(0, batch.target_sources)
-        self.states, self._weight, self._bias, self._softcap = before_softmax(model, hidden, 1.0)
-
-    def logprobs(self, rows: slice) -> Tensor:
-        """`(n, V)` float32."""
-        states = self.states[rows].to(self._weight.dtype)
-        return logits_of(states, self._weight, self._bias, slice(None), self._softcap).log_softmax(-1)
-
-
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """`(n,)` KL(before ‖ after) of log-probabilities `(n, V)`; a token that `before` excludes adds nothing."""
-    shares = before.exp()
-    parts = shares * (before - after.to(before.device))
-    return torch.where(shares > 0, parts, 0.0).sum(-1)
 
 
 def _check_role(model: Any, role: str | None) -> None:

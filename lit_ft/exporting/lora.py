@@ -144,9 +144,9 @@ def _convert(
     source: Source, base: Base, folder: Path, rank: int | None, way: Way, scale: float
 ) -> tuple[str, Any, int | None, bool]:
     """Write it; returns what was done, its canary, its rank, and whether it still is what was measured in training."""
-    from lit_ft.exporting.adapted import load_adapted, load_tokenizer, lora_layers
+    from lit_ft.exporting.adapted import load_adapted, load_tokenizer
     from lit_ft.exporting.measure import ROUNDING, difference, outputs
-    from lit_ft.models.adapt import lora_rank, save_trained
+    from lit_ft.models.adapt import lora_rank, save_trained, weaken
     from lit_ft.models.canary import canary
     from lit_ft.models.convert import as_plain_lora
 
@@ -168,8 +168,7 @@ def _convert(
     words = made.words
     if scale != 1:
         words += f", at {scale:g} of its strength"
-        for _, layer in lora_layers(plain):
-            layer.lora_B["default"].weight.data *= scale
+        weaken(plain, scale)
     save_trained(plain, folder)
     copy(tokenizer_files(source, base), folder)
     return f"{words}; {found}", canary(plain, tokenizer), lora_rank(plain), made.exact and scale == 1

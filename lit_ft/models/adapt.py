@@ -130,6 +130,29 @@ def why_not_servable(model: Any) -> str | None:
     return None
 
 
+@torch.no_grad()
+def weaken(model: Any, scale: float) -> None:
+    """Bring an adapted model to W₀ + scale·(W − W₀), W₀ being the base's weights (WiSE-FT, arXiv:2109.01903), exactly.
+
+    Args:
+        model: with a LoRA or an (IA)³, in place. A DoRA's rows are scaled by what was added to them: of those, the
+            weights themselves must be interpolated (`lit_ft.exporting.merged`).
+        scale: 1 leaves it as it is, 0 is the base.
+
+    Raises:
+        ValueError: another kind of adapter, or none.
+    """
+    config = next(iter(model.peft_config.values())) if is_adapted(model) else None
+    kind = "none" if config is None else config.peft_type.value
+    if kind not in ("LORA", "IA3") or getattr(config, "use_dora", False):
+        raise ValueError(f"expected a LoRA or an (IA)³, got {kind}")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            parameter.mul_(scale)
+        elif ".ia3_l." in name:
+            parameter.copy_(1 + scale * (parameter - 1))
+
+
 def lora_rank(model: Any) -> int | None:
     """The rank of the model's LoRA adapter, of AdaLoRA the one it begins with; None if it has none."""
     config = next(iter(model.peft_config.values())) if is_adapted(model) else None

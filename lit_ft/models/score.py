@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lit_ft.batches import Batch
 from lit_ft.errors import UserError
+from lit_ft.losses.divergence import Predictions, token_kl
 from lit_ft.losses.logprobs import TokenScores, sum_by_completion, token_entropies, token_scores
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.attention import PACKED, Plan, backend, register_packed_attention, why_not_packable
+from lit_ft.models.roles import using
 from lit_ft.models.shard import is_sharded
 from lit_ft.models.trial import why_wrong
 
@@ -86,9 +88,22 @@ def score_with_entropy(model: Any, batch: Batch, temperature: float = 1.0) -> tu
     return scores.logprobs, token_entropies(states, weight, bias, softcap=softcap)
 
 
-def before_softmax(
-    model: Any, hidden: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+def predictions(model: Any, batch: Batch) -> Predictions:
+    """What the model predicts at the batch's targets."""
+    return before_softmax(model, hidden_states(model, batch).index_select(0, batch.target_sources), 1.0)
+
+
+def kl_from_base(model: Any, batch: Batch) -> Tensor:
+    """`(N,)` KL(base ‖ model) at the batch's targets; the base is what is left with the adapters switched off.
+
+    It is differentiable in the adapter. Two forward passes, that of the base without gradient.
+    """
+    with torch.no_grad(), using(model, None):
+        base = predictions(model, batch)
+    return token_kl(base, predictions(model, batch))
+
+
+def before_softmax(model: Any, hidden: Tensor, temperature: float) -> Predictions:
     """States, output embedding, bias and softcap whose product is logits / temperature."""
     lm = causal_lm(model)
     head = _plain_head(lm)
@@ -100,7 +115,7 @@ def before_softmax(
     if temperature != 1:
         bias = None if bias is None else bias / temperature
         softcap = None if softcap is None else softcap / temperature  # c·tanh(z/c)/T = (c/T)·tanh((z/T)/(c/T))
-    return states, weight, bias, softcap
+    return Predictions(states, weight, bias, softcap)
 
 
 def _logprobs(model: Any, batch: Batch) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lit_ft.batches import Batch, Window
 from lit_ft.distributed import gathered
 from lit_ft.errors import UserError
-from lit_ft.models.score import score_gathered
+from lit_ft.models.score import kl_from_base, score_gathered
 from lit_ft.models.shard import clip_grad_norm, is_sharded, shard, synchronising
+from lit_ft.modules.anchor import Anchor
 
 Sums = dict[str, tuple[Tensor, int]]
 
@@ -47,12 +48,14 @@ class FineTuneModule(L.LightningModule, ABC):
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         loraplus_lr_ratio: the learning rate of LoRA's B over that of everything else (LoRA+, arXiv:2402.12354).
         penalty: of the model, added to the loss once per optimizer step, or None there.
+        anchor: what holds the policy to its base, or None.
     """
 
-    monitor: ClassVar[str] = "eval/loss"
+    # By what steps are compared.
+    monitor: str = "eval/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     # The held-out metrics that say most.
-    headline: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
+    headline: ClassVar[tuple[str, ...]] = ("loss", "kl", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
     # What a window's loss is divided by.
     normalised_by: ClassVar[Literal["targets", "examples"]]
 
@@ -70,6 +73,7 @@ class FineTuneModule(L.LightningModule, ABC):
         max_grad_norm: float = 1.0,
         loraplus_lr_ratio: float = 1.0,
         penalty: Callable[[Any], Tensor | None] = lambda model: None,
+        anchor: Anchor | None = None,
     ) -> None:
         super().__init__()
         if loraplus_lr_ratio <= 0:
@@ -86,6 +90,9 @@ class FineTuneModule(L.LightningModule, ABC):
         self.max_grad_norm = max_grad_norm
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.penalty = penalty
+        self.anchor = anchor
+        if anchor is not None and anchor.weight:
+            self.monitor = "eval/combined"
         self.num_tokens = 0
         # The adapter that training began with (`name@vN`), kept in checkpoints so that a resume begins with it too.
         self.parent: str | None = None
@@ -125,7 +132,8 @@ class FineTuneModule(L.LightningModule, ABC):
         optimizer.zero_grad()
         total = getattr(window, self.normalised_by)
         replicas = self._replicas()
-        sums: Sums = {}
+        # First, so that the window's last backward pass is the step's last.
+        sums: Sums = self._hold_to_base(replicas)
         penalties: dict[str, float] = {}
         for number, batch in enumerate(window.batches):
             counted = number < len(window.batches) - window.fillers
@@ -151,6 +159,30 @@ class FineTuneModule(L.LightningModule, ABC):
         values |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": float(self.num_tokens), **penalties}
         self.log_dict({f"train/{key}": float(value) for key, value in values.items()})
 
+    def _hold_to_base(self, replicas: int) -> Sums:
+        """Backpropagate the KL to the base on a few of its answers, others in each step; returns it to be logged."""
+        if self.anchor is None or not self.anchor.kl_coef:
+            return {}
+        batches, total = self.anchor.step(self.global_step, self._replica(), replicas)
+        kl, count = torch.zeros((), device=self.device), 0
+        for batch in (one.to(self.device) for one in batches):
+            with synchronising(self.model, self.trainer.strategy.model, last=False):
+                self._note(batch)
+                found = kl_from_base(self.model, batch).sum()
+                self.manual_backward(self.anchor.kl_coef * replicas / total * found)
+            kl, count = kl + found.detach(), count + len(batch.target_ids)
+        return {"kl": (kl, count)}
+
+    def _measure_from_base(self) -> Sums:
+        """The KL to the base on its held-out answers."""
+        if self.anchor is None or not self.anchor.held_out:
+            return {}
+        kl, count = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        for batch in self.anchor.measured(self._replica(), self._replicas()):
+            kl = kl + kl_from_base(self.model, batch.to(self.device)).sum()
+            count += len(batch.target_ids)
+        return {"kl": (kl, count)}
+
     def _note(self, batch: Batch) -> None:
         if self.largest is None or batch.input_ids.numel() > self.largest.input_ids.numel():
             self.largest = batch
@@ -158,6 +190,10 @@ class FineTuneModule(L.LightningModule, ABC):
     def _replicas(self) -> int:
         """How many processes share the examples; those that share a model's tensors count as one."""
         return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)
+
+    def _replica(self) -> int:
+        """Which of them this process is."""
+        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", 0)
 
     def _over_processes(self, sums: Sums) -> Sums:
         """`sums` over all processes, in one exchange."""
@@ -190,9 +226,12 @@ class FineTuneModule(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log `eval/NAME`: exact means over the whole held-out set and all processes."""
-        sums = self._over_processes(self._eval)
+        sums = self._over_processes(self._eval | self._measure_from_base())
         sums["loss"] = (sums["loss"][0], self._eval_total)  # the total counts all processes already
-        self.log_dict({f"eval/{key}": float(value) / count for key, (value, count) in sums.items()})
+        found = {key: float(value) / count for key, (value, count) in sums.items()}
+        if self.anchor is not None and "kl" in found:
+            found["combined"] = found["loss"] + self.anchor.weight * found["kl"]
+        self.log_dict({f"eval/{key}": value for key, value in found.items()})
         self.validated_at = self.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -464,9 +464,6 @@ class OnlineModule(FineTuneModule):
     def _rank(self) -> int:
         return int(self.trainer.global_rank)
 
-    def _replica(self) -> int:
-        return int(getattr(self.trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", 0))
-
     def _alone(self) -> Any:
         wrapped = self.trainer.strategy.model
         return (

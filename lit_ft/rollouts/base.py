@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lit_ft.errors import UserError
 
@@ -163,3 +163,10 @@ class RolloutEngine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a completion: the tokenizer's end of text and those of the model's own settings for generation."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = given if isinstance(given, list) else [given]
+    return tuple(sorted({tokenizer.eos_token_id, *(int(token) for token in own if token is not None)}))

@@ -116,8 +116,7 @@ def judge(
     from lit_ft.models.load import load_model, load_tokenizer
     from lit_ft.models.roles import add_role, using
     from lit_ft.models.score import score_gathered, use_packed_attention
-    from lit_ft.rlhf import stop_ids
-    from lit_ft.rollouts.base import Sampling
+    from lit_ft.rollouts.base import Sampling, stop_ids
     from lit_ft.rollouts.transformers import TransformersRollouts
 
     tokenizer = load_tokenizer(model)
