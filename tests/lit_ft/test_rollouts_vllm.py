@@ -103,7 +103,7 @@ class StubEngine:
         if self.broken.is_set():
             return
         self.broken.set()
-        for connection in self.connections:
+        for connection in list(self.connections):  # its threads still add and remove
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.server.shutdown()
