@@ -196,12 +196,12 @@ def command(module: str, arguments: Sequence[str], jobs: int) -> None:
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
     """What is compared, of a report."""
-    by_name = {f"{section['key']}.{one['name']}": one for section in report["sections"] for one in section["figures"]}
+    gain, forgetting = (report["sections"][key]["figures"] for key in ("gain", "forgetting"))
     return {
-        "gain": -float(by_name["gain.loss"]["change"]),
-        "text": float(by_name["forgetting.text_loss"]["change"]),
-        "instruction": float(by_name["forgetting.instruction_loss"]["change"]),
-        "kl": float(by_name["forgetting.kl"]["after"]),
+        "gain": -float(gain["loss"]["change"]),
+        "text": float(forgetting["text_loss"]["change"]),
+        "instruction": float(forgetting["instruction_loss"]["change"]),
+        "kl": float(forgetting["kl"]["after"]),
     }
 
 
