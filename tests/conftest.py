@@ -29,6 +29,18 @@ def not_marked_as_one_of_several() -> Iterator[None]:
     assert not left, f"left in the environment: {', '.join(left)}"
 
 
+@pytest.fixture(autouse=True)
+def the_same_precision_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer.precision=auto` is float32 in this process, whatever this machine multiplies fastest.
+
+    Tests that compare weights or losses would otherwise mean one thing on one processor and another on the next. bf16 has
+    tests of its own, which ask for it.
+    """
+    from lit_ft.models import precision
+
+    monkeypatch.setattr(precision, "_rates", lambda device, threads: (100.0, 100.0))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return tiny.tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import copy
 import json
 import shutil
 import signal
@@ -48,9 +49,10 @@ SMALL: dict[str, list[str]] = {
 
 
 def logits(model: Any) -> Tensor:
+    """In double precision: what weights stand for, apart from the order in which this machine's kernels add up."""
     model.eval()
     with torch.no_grad():
-        return model(input_ids=IDS).logits.double()
+        return copy.deepcopy(model).double()(input_ids=IDS).logits
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

@@ -81,8 +81,11 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float = 1e-6) -> None:
-    """Float32 keeps 6e-8 of each number; the two ways round in another order in each of a dozen layers."""
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float = 2e-6) -> None:
+    """Float32 keeps 6e-8 of each number; the two ways round in another order in each of a dozen layers.
+
+    1.04e-6 was seen with AVX512's kernels, which add up in wider blocks than AVX2's (below 1e-6).
+    """
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert value.any(), name

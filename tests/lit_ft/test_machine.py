@@ -14,6 +14,7 @@ from lit_ft.models import precision
 from lit_ft.models.precision import choose_precision
 
 CPU = torch.device("cpu")
+MEASURED = precision._rates  # what measures, which tests have replaced
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,7 +36,7 @@ def test_precision_by_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 has to be half as fast again, not just faster."""
     rates = {torch.float32: 80e9, torch.bfloat16: 119e9}
     monkeypatch.setattr(precision, "matrix_rate", lambda device, dtype: rates[dtype])
-    monkeypatch.setattr(precision, "_rates", precision._rates.__wrapped__)  # not what an earlier run has measured
+    monkeypatch.setattr(precision, "_rates", MEASURED.__wrapped__)  # not what an earlier run has measured
     slow = choose_precision("auto", CPU)
     assert (slow.trainer, slow.weights) == ("32-true", torch.float32)
     assert slow.why == "measured 119 GFLOP/s in bf16, 80 in fp32"
@@ -47,11 +48,12 @@ def test_precision_by_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rates_are_measured_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[torch.dtype] = []
     monkeypatch.setattr(precision, "matrix_rate", lambda device, dtype: measured.append(dtype) or 1e9)
-    precision._rates.cache_clear()
+    monkeypatch.setattr(precision, "_rates", MEASURED)
+    MEASURED.cache_clear()
     try:
         assert choose_precision("auto", CPU) == choose_precision("auto", CPU)
     finally:
-        precision._rates.cache_clear()
+        MEASURED.cache_clear()
     assert measured == [torch.float32, torch.bfloat16]
 
 
