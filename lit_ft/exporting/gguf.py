@@ -372,8 +372,8 @@ def _check_read_back(
 def read_back(path: Path, config: Any, tokenizer: Any, vocabulary: Vocabulary) -> tuple[Any, str]:
     """The model in the file in float32, and ""; or None, and what differs in its metadata or its tokenizer.
 
-    The reader passes over what it has no use for itself: Llama 3's slowed positions, Qwen3's length of a head, and
-    that SmolLM cuts numbers into digits. These are taken from `config` and `tokenizer`.
+    The reader passes over what it has no use for itself: Llama 3's slowed positions and Qwen3's length of a head, which
+    are taken from `config`, and that SmolLM cuts numbers into digits, of which `cut_as_named` takes care.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -407,11 +407,9 @@ def read_back(path: Path, config: Any, tokenizer: Any, vocabulary: Vocabulary) -
 def _tokenizers_differ(tokenizer: Any, reader: Any, vocabulary: Vocabulary) -> str:
     """In what two tokenizers differ on a fixed text, or ""."""
     from lit_ft.models.canary import TEXT
+    from lit_ft.models.pretokenize import cut_as_named
 
-    if vocabulary.pre == "smollm":
-        reader.backend_tokenizer.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    if vocabulary.pre == "llama-bpe":
-        reader.backend_tokenizer.model.ignore_merges = True
+    cut_as_named(reader, vocabulary.pre)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, key) != getattr(reader, key):
             return f"{key} is {getattr(reader, key)} and not {getattr(tokenizer, key)}"

@@ -20,8 +20,8 @@ from lit_ft.adapter import sha256_file
 from lit_ft.errors import UserError
 
 BUNDLED = "bundled"
-# Raise when the conversion below changes, so that caches made by an older version are not read.
-_CONVERSION = 1
+# Raise when the conversion below (or `cut_as_named`) changes, so that caches made by an older version are not read.
+_CONVERSION = 2
 
 
 def cache_folder() -> Path:
@@ -137,6 +137,8 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from lit_ft.models.pretokenize import cut_as_named, read_name
+
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     logging.disable_progress_bar()
@@ -149,7 +151,9 @@ def _convert(source: Path, target: Path) -> None:
         model.load_state_dict({key: value.to(torch.bfloat16) for key, value in read.state_dict().items()})
         model.generation_config = read.generation_config
         model.save_pretrained(beside)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(beside)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        cut_as_named(tokenizer, read_name(source))
+        tokenizer.save_pretrained(beside)
         try:
             beside.rename(target)
         except OSError:
