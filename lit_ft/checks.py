@@ -257,7 +257,8 @@ def _check_roles(cfg: Config, name: str, kind: Any) -> None:
     if cfg.strategy.kind in SHARDED:
         raise UserError(
             f"strategy={cfg.strategy.kind.value} cannot shard algorithm={algorithm.value}, where states that scalar "
-            "heads read, and completions that are made token by token, need the whole model: use strategy=ddp."
+            "heads read, and completions that are made token by token, need the whole model: use strategy=ddp, which "
+            "has the frozen base once on each device (peft=qlora keeps it in 4 bits)."
         )
     if not kind.lora:
         raise UserError(
@@ -282,12 +283,6 @@ def _check_online(cfg: Config) -> None:
         parse_rewards("judge", cfg.judge)
     if cfg.rollout is None:
         raise UserError("Nothing makes completions: add +rollout=transformers (or +rollout=vllm).")
-    processes = devices_here(cfg.trainer.accelerator, cfg.trainer.devices) * cfg.trainer.num_nodes
-    if cfg.rollout.kind is Rollout.vllm and processes > 1:
-        raise UserError(
-            f"rollout=vllm is one engine for one process, and there are {processes}: use rollout=transformers, where "
-            "each makes its own share."
-        )
     _check_horizon(cfg)
     room = cfg.data.max_length - cfg.algorithm.max_new_tokens  # type: ignore[attr-defined]
     if room < 1:

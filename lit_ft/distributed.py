@@ -129,8 +129,18 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agree(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in all of them; its UserError is raised in all.
+def group_with_patience(patience: timedelta) -> Any:
+    """All processes once more, for exchanges in which one may have others wait longer than `PATIENCE`; None if alone.
+
+    Every process calls this.
+    """
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=patience) if size() > 1 else None
+
+
+def agree(decide: Callable[[], T], group: Any = None) -> T:
+    """What `decide` returns in the first process, in all of them (of `group`); its UserError is raised in all.
 
     For whatever depends on the moment: a measurement, the newest file in a folder, a fresh name.
     """
@@ -144,10 +154,28 @@ def agree(decide: Callable[[], T]) -> T:
             box[0] = decide()
         except UserError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, group=group)
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
+
+
+def together(act: Callable[[], T]) -> T:
+    """What `act` returns in this process, once it has in all; a UserError of any process is raised in all.
+
+    For work of which each process has a share: who fails does not leave the others waiting for it.
+    """
+    found: Any = None
+    mistake: str | None = None
+    try:
+        found = act()
+    except UserError as error:
+        if size() == 1:
+            raise
+        mistake = str(error)
+    if (first := next((one for one in gathered(mistake) if one is not None), None)) is not None:
+        raise UserError(first)
+    return found  # type: ignore[no-any-return]
 
 
 @contextmanager

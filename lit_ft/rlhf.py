@@ -17,6 +17,7 @@ from lit_ft.config import Algorithm, Config, Reference, Rollout, ValueFrom
 from lit_ft.data.chat import ChatEncoder
 from lit_ft.data.datamodule import load_examples
 from lit_ft.data.formats import to_record
+from lit_ft.distributed import size
 from lit_ft.errors import UserError
 from lit_ft.models import adapt
 from lit_ft.models.judge import JudgeFiles, hidden_size, put_judge, read_judge, scalar_head
@@ -153,7 +154,7 @@ def make_rewards(setting: str, value: Any, roles: Roles, model: Any, **batches: 
 def make_engine(
     cfg: Config, model: Any, tokenizer: Any, run: Path, device: torch.device, autocast: torch.dtype | None
 ) -> RolloutEngine:
-    """What makes completions; a vLLM is started now, and has its log and the policy in the folder `run`."""
+    """What makes completions; a vLLM is started now, one for all processes, and has its log and the policy in `run`."""
     algorithm: Any = cfg.algorithm
     assert cfg.rollout is not None
     sampling = Sampling(algorithm.temperature, algorithm.max_new_tokens, stop_ids(model, tokenizer))
@@ -174,16 +175,25 @@ def make_engine(
     def write(target: Path) -> None:
         adapt.save_trained(model, target)
 
-    return VllmRollouts(
-        resolve_model(cfg.model.id),
-        write,
-        sampling,
-        folder=run / "rollouts",
-        max_lora_rank=adapt.lora_rank(model) or 16,
-        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
-        retries=cfg.rollout.retries,
-        max_model_len=min(cfg.data.max_length + 1, context_length(model) or cfg.data.max_length + 1),
-    )
+    settings = cfg.rollout
+
+    def start() -> RolloutEngine:
+        return VllmRollouts(
+            resolve_model(cfg.model.id),
+            write,
+            sampling,
+            folder=run / "rollouts",
+            max_lora_rank=adapt.lora_rank(model) or 16,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            retries=settings.retries,
+            max_model_len=min(cfg.data.max_length + 1, context_length(model) or cfg.data.max_length + 1),
+        )
+
+    if size() == 1:
+        return start()
+    from lit_ft.rollouts.shared import SharedRollouts
+
+    return SharedRollouts(start)
 
 
 def online_module(

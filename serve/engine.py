@@ -35,6 +35,12 @@ PORT_ATTEMPTS = 3
 # "(EngineCore pid=12) INFO 01-31 23:59:59 [core.py:133] Initializing…": a person wants the end of it.
 _LOG_PREFIX = re.compile(r"^(\([\w-]+ pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 
+# What torchrun sets in the processes of a training run, which may start this engine: it is none of them, and would look
+# for their store where it is to make one.
+_OF_A_LAUNCHER = re.compile(
+    r"((LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)"
+)
+
 # What the libraries complain of whenever they end.
 _NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\. skipped)|resource_tracker|see the (type|function)")
 
@@ -119,7 +125,7 @@ def build_command(
 
 
 def _environment(model: str, api_key: str, cpu: bool) -> dict[str, str]:
-    env = dict(os.environ)
+    env = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)}
     env |= {
         "VLLM_API_KEY": api_key,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

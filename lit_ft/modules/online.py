@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Completion, Example, Prompts
 from lit_ft.data.packing import Layout, divided, lay_out, share_by_tokens, split_by_tokens
-from lit_ft.distributed import gathered, size
+from lit_ft.distributed import gathered, size, together
 from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import rows_by_completion
 from lit_ft.losses.ppo import KLKind, kl_estimate, missing_end_penalty
@@ -163,7 +164,7 @@ class OnlineModule(FineTuneModule):
     def training_step(self, prompts: Prompts, _: int) -> None:  # type: ignore[override]
         """One iteration."""
         self.seconds = {}
-        mine = self._collect(prompts, ("train", self.global_step), self.num_generations)
+        mine = together(partial(self._collect, prompts, ("train", self.global_step), self.num_generations))
         experience = dealt(gathered(mine))
         rows = rows_of(experience)
         targets, metrics = self.targets(rows)
@@ -437,8 +438,8 @@ class OnlineModule(FineTuneModule):
 
     def validation_step(self, prompts: Prompts, number: int) -> None:  # type: ignore[override]
         """Complete each held-out prompt once and score it."""
-        if prompts.examples:
-            self._held_out.extend(self._collect(prompts, ("eval", number), 1, judge=True))
+        # Without any prompts, too: the engine may be one for all processes.
+        self._held_out.extend(together(partial(self._collect, prompts, ("eval", number), 1, judge=True)))
 
     def on_validation_epoch_end(self) -> None:
         """Log `eval/NAME`, and show samples."""

@@ -20,7 +20,7 @@ ALLOWED = {
     "lit_ft/machine.py": ("lit_ft.errors",),
     "lit_ft/flops.py": ("lit_ft.batches", "lit_ft.models.adapt"),
     "lit_ft/memory.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models"),
-    "lit_ft/estimate.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models"),
+    "lit_ft/estimate.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models", "lit_ft.rollouts"),
     "lit_ft/preview_page.py": (),
     "lit_ft/data": ("lit_ft.data", "lit_ft.batches", "lit_ft.adapter", "lit_ft.errors", "lit_ft.progress"),
     "lit_ft/models": (
@@ -85,6 +85,7 @@ ALLOWED = {
     "lit_ft/rollouts/vllm.py": ("lit_ft.rollouts.base", "lit_ft.errors", "lit_ft.progress", "serve.engine"),
     "lit_ft/rollouts/base.py": ("lit_ft.errors",),
     "lit_ft/rollouts/transformers.py": ("lit_ft.rollouts.base", "lit_ft.models", "lit_ft.errors"),
+    "lit_ft/rollouts/shared.py": ("lit_ft.rollouts.base", "lit_ft.distributed"),
     "lit_ft/rollouts/__init__.py": ("lit_ft.rollouts",),
     "lit_ft/modules": (
         "lit_ft.modules",
@@ -108,6 +109,7 @@ ALLOWED = {
         "lit_ft.batches",
         "lit_ft.config",
         "lit_ft.data",
+        "lit_ft.distributed",
         "lit_ft.errors",
         "lit_ft.progress",
     ),

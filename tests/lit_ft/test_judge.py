@@ -186,8 +186,8 @@ def test_transformers_and_peft_read_it(kind: str, tmp_path: Path) -> None:
     assert all(0 not in text for text in texts)
     with torch.no_grad():
         wanted = torch.cat([read(input_ids=torch.tensor([text])).logits.flatten() for text in texts])
-        # One pads and one does not, so their attention runs in different kernels; with AVX512 PyTorch's flash kernel takes
-        # an exponential good to 20 units in the last place only (exp_u20), and 2e-5 was seen.
+        # One pads and one does not, so their attention runs in different kernels; with AVX512 PyTorch's flash kernel
+        # takes an exponential good to 20 units in the last place only (exp_u20), and 2e-5 was seen.
         torch.testing.assert_close(completion_scores(model, head, pad(rows, PAD)), wanted, rtol=1e-4, atol=1e-4)
 
 

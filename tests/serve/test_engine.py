@@ -130,6 +130,17 @@ def test_bfloat16_only_where_the_cpu_has_it(flags: str, dtype: str, monkeypatch:
     assert choose_dtype("float16", cpu=True) == "float16"
 
 
+def test_it_is_no_process_of_the_run_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun's variables vLLM would look for another one's store, and take itself for one of several."""
+    launcher = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_NAME")
+    launcher += ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+    for name in (*launcher, "CUDA_VISIBLE_DEVICES", "A_RANK_OF_MINE"):
+        monkeypatch.setenv(name, "1")
+    found = engine_module._environment("model", "key", cpu=False)
+    assert found.keys().isdisjoint(launcher)
+    assert found["CUDA_VISIBLE_DEVICES"] == found["A_RANK_OF_MINE"] == "1" and found["VLLM_API_KEY"] == "key"
+
+
 # --- the process, without vLLM ---------------------------------------------------------------------------------------
 
 
