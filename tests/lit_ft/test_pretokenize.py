@@ -68,6 +68,7 @@ def test_the_name_is_read_from_the_file(tmp_path: Path) -> None:
         assert read_name(path) == name
 
 
+@pytest.mark.slow
 def test_the_bundled_tokenizer_cuts_as_its_file_says() -> None:
     """Its file says `smollm`: digits, and the white space before them, are pieces of their own."""
     from lit_ft.models.load import load_tokenizer
@@ -80,6 +81,7 @@ def test_the_bundled_tokenizer_cuts_as_its_file_says() -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_the_bundled_tokenizer_is_the_same_when_a_run_reads_it_from_a_published_folder(tmp_path: Path) -> None:
     """Saved and read again it cuts as before: adapters carry their tokenizer."""
     from transformers import AutoTokenizer
