@@ -42,14 +42,18 @@ def plain(folder: Path) -> dict[str, object]:
     [(how, kind) for how in ("adalora", "pissa", "olora") for kind in KINDS if (how, kind) != ("olora", "gpt2")],
 )
 def test_what_has_factors_is_exact(how: str, kind: str, export: Export, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Against the model in memory that PEFT saved, in float64: only what is stored in float32 differs."""
+    """Against the model in memory that PEFT saved, in float64: only what is stored in float32 differs.
+
+    And RMSNorm, which transformers computes in float32 always: so the error is a share of the largest logit.
+    """
     trained = adapter(tmp_path / "a", bases[kind], how, kind)
     done = export(f"adapter={tmp_path / 'a'}", f"model={bases[kind]}", "to=lora", f"output={tmp_path / 'out'}")
     assert done.code == 0, done.err
     assert done.out == f"{tmp_path / 'out'}\n"
     made = read_peft(tmp_path / "out", bases[kind])
     expected = logits(trained)
-    assert (logits(made) - expected).abs().max() <= (1e-6 if how == "adalora" else 2e-5)
+    apart = (logits(made) - expected).abs().max() / expected.abs().max()
+    assert apart <= (1e-6 if how == "adalora" else 1e-5)
     base = logits(made.unload())
     assert (expected - base).abs().max() > 0.1, "the adapter must do something"
     config = plain(tmp_path / "out")
