@@ -10,6 +10,7 @@ from pathlib import PureWindowsPath
 from urllib.parse import quote
 
 from lit_ft.adapter import REPORT, Adapter
+from serve.reports import Finding, findings
 
 BASE = "Base model"
 """What people call it."""
@@ -44,11 +45,37 @@ def adapter_card(adapter: Adapter) -> str:
     metrics = [metric(name, card.metrics[name]) for name in METRICS if name in card.metrics]
     return (
         f"<div class='card'>{_head(adapter.ref, card.algorithm.upper())}{_pairs(facts)}"
-        f"{_section('Data', rows)}{_section('Results', metrics)}{_report(adapter)}</div>"
+        f"{_section('Data', rows)}{_found(adapter)}"
+        f"{_section('Results in training', metrics)}{_link(adapter)}</div>"
     )
 
 
-def _report(adapter: Adapter) -> str:
+def _found(adapter: Adapter) -> str:
+    """The verdicts and headline numbers of the report; nothing where none can be read."""
+    found = findings(adapter.path)
+    if found is None:
+        return ""
+    against = "the base" if found.against == "base" else found.against
+    shown = "".join(
+        f"<dt>{html.escape(one.title)}</dt>"
+        f"<dd><span class='badge'>{one.verdict}</span> {html.escape(in_words(one))}</dd>"
+        for one in found.sections
+    )
+    return f"<h4>{html.escape(f'Results beside {against}')}</h4><dl>{shown}</dl>"
+
+
+def in_words(finding: Finding) -> str:
+    """The headline of a section: `loss on held-out rows 2.354, before 3.793 (nats per token)`."""
+    one = finding.headline
+    if one is None:
+        return "not measured" if finding.verdict == "unknown" else ""
+    unit = "%" if one.unit == "%" else ""
+    before = "" if one.before is None else f", before {one.before:.4g}{unit}"
+    named = f" ({one.unit})" if one.unit and not unit else ""
+    return f"{one.label} {one.after:.4g}{unit}{before}{named}"
+
+
+def _link(adapter: Adapter) -> str:
     if not (adapter.path / REPORT / "report.html").is_file():
         return ""
     link = f"report/{quote(adapter.ref)}"  # beside the page, which may lie below a proxy's folder
