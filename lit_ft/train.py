@@ -236,7 +236,11 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     )
     # A resumed run goes on in its own folder, where the best checkpoint so far lies.
     last = resumed.path.with_name("last.ckpt") if resumed else run / "checkpoints" / "last.ckpt"
-    best, stopper, history, average, callbacks = make_callbacks(cfg, module, kind, last, validates=val is not None)
+    local = range(ranks.local_size if device.type == "cuda" else 0)
+    gpus = [device_number(cfg.trainer.devices, number) for number in local]
+    best, stopper, history, average, callbacks = make_callbacks(
+        cfg, module, kind, last, validates=val is not None, gpus=gpus
+    )
     if cfg.trainer.profile and ranks.rank == 0:
         from lit_ft.callbacks.profile import ProfileSteps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from lit_ft.models.shard import shard
 
 
 def make_callbacks(
-    cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool
+    cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool, gpus: Sequence[int] = ()
 ) -> tuple[Any, FinishStepOnSignal, Any, Any, list[Any]]:
     """What keeps the best weights, what watches for signals, the run's history, what averages the weights or None, and
-    all callbacks, these among them.
+    all callbacks, these among them. The energy of `gpus` is counted.
     """
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -53,7 +54,7 @@ def make_callbacks(
         enable_version_counter=False,
     )
     stopper = FinishStepOnSignal(last)
-    history = History()
+    history = History(gpus)
     # Before those that save, so that a checkpoint holds what led to it.
     callbacks: list[Any] = [FollowKind(kind), history, best, regular, stopper]
     average = None

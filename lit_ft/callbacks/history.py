@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ class History(Callback):
     """Counts seconds and joules of training (validations within it count, too) and keeps both loss curves.
 
     A resumed run goes on counting where its last checkpoint left off.
+
+    Args:
+        gpus: those of this machine that the run uses, as PyTorch numbers them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: Sequence[int] = ()) -> None:
+        self.gpus = tuple(gpus)
         self.seconds = 0.0
         self.joules: float | None = None
+        self.meters: tuple[str, ...] = ()
         self.curves: dict[str, list[tuple[int, float]]] = {TRAINING: [], HELD_OUT: []}
         self._every = 1
         self._since: float | None = None
@@ -36,8 +42,11 @@ class History(Callback):
         self._joules_before: float | None = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._since, self._meter = time.monotonic(), EnergyMeter()
-        self._joules_before = self.joules if self.seconds else 0.0
+        self._since, self._meter = time.monotonic(), EnergyMeter(self.gpus)
+        # What other meters counted before cannot be added to.
+        same = self._meter.names == self.meters
+        self._joules_before = (self.joules if same else None) if self.seconds else 0.0
+        self.meters = self._meter.names
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self._count()
@@ -68,21 +77,31 @@ class History(Callback):
         self._count()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "joules": self.joules, "curves": self.curves, "every": self._every}
+        return {
+            "seconds": self.seconds,
+            "joules": self.joules,
+            "meters": self.meters,
+            "curves": self.curves,
+            "every": self._every,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.joules = state_dict["seconds"], state_dict["joules"]
+        self.meters = tuple(state_dict.get("meters", ()))  # older checkpoints do not say
         self.curves = {name: [tuple(p) for p in points] for name, points in state_dict["curves"].items()}
         self._every = state_dict["every"]
 
-    def write(self, folder: Path, *, num_tokens: int, device: torch.device) -> None:
+    def write(self, folder: Path, *, num_tokens: int, device: torch.device, estimated_bytes: int | None = None) -> None:
         """Write it into `folder`."""
         curves = {name: [p for p in points if math.isfinite(p[1])] for name, points in self.curves.items()}
         found = {
             "seconds": self.seconds,
             "joules": self.joules,
+            "meters": self.meters,
+            "unmetered": () if self._meter is None else self._meter.missing,
             "num_tokens": num_tokens,
             "peak_bytes": peak_memory(device),
+            "estimated_bytes": estimated_bytes,
             "curves": curves,
         }
         (folder / HISTORY).write_text(json.dumps(found) + "\n", encoding="utf-8")

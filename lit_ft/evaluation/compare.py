@@ -301,12 +301,26 @@ def _cost(source: Source, tuned: Subject) -> Cost:
     return Cost(
         trainable=trained,
         parameters=sum(parameter.numel() for parameter in tuned.model.parameters()),
-        seconds=history.get("seconds"),
-        tokens=history.get("num_tokens"),
-        peak_bytes=history.get("peak_bytes"),
+        seconds=_number(history, "seconds"),
+        tokens=_number(history, "num_tokens"),
+        peak_bytes=_number(history, "peak_bytes"),
+        estimated_bytes=_number(history, "estimated_bytes"),
         adapter_bytes=sum(path.stat().st_size for path in files),
-        joules=history.get("joules"),
+        joules=_number(history, "joules"),
+        meters=_names(history, "meters"),
+        unmetered=_names(history, "unmetered"),
     )
+
+
+def _number(history: Mapping[str, Any], key: str) -> Any:
+    """A number that the run left; None where it left none, or something else."""
+    value = history.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _names(history: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = history.get(key)
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _history(source: Source) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from lit_ft.errors import UserError
@@ -23,6 +24,8 @@ class Cost:
         peak_bytes, estimated_bytes: of memory at most, as measured and as estimated before.
         adapter_bytes: of the published weights.
         joules: that the machine's meters counted while training.
+        meters, unmetered: which meters those were, and which of the devices that the run used have none that can be
+            read; both empty where nothing is known.
 
     Raises:
         UserError: a number is negative or not finite.
@@ -36,10 +39,14 @@ class Cost:
     estimated_bytes: int | None = None
     adapter_bytes: int | None = None
     joules: float | None = None
+    meters: tuple[str, ...] = ()
+    unmetered: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                continue
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"The run's cost says {field.name}={value}: it must be a number from 0 on, or missing.")
 
@@ -77,8 +84,7 @@ def cost(run: Cost) -> Section:
         sentence = (
             f"{', '.join(said) or 'Some numbers of the run are known'}; cost is shown and not judged (no threshold)."
         )
-    unmetered = "Energy was not counted: no meter of the processor's could be read where it was trained."
-    notes = [unmetered] if figures and run.joules is None else []
+    notes = list(_about_energy(run)) if figures else []
     return Section(
         key="cost",
         title="Cost",
@@ -86,6 +92,20 @@ def cost(run: Cost) -> Section:
         sentence=sentence,
         figures=tuple(figures),
         notes=tuple(notes),
+    )
+
+
+def _about_energy(run: Cost) -> Iterator[str]:
+    """Which meters were read, and what they do not count."""
+    without = f"; {' and '.join(run.unmetered)} could not be read" if run.unmetered else ""
+    if run.joules is None:
+        why = "the run was resumed with other meters, or lost one" if run.meters else "no meter could be read"
+        yield f"Energy was not counted: {why} where it was trained{without}."
+        return
+    which = " and ".join(run.meters) or "meters that the run did not name"
+    yield (
+        f"Energy is what the meters of {which} counted while it was trained, other programs' work on the same devices "
+        f"included; main memory, fans, power supply and other machines are not in it{without}."
     )
 
 

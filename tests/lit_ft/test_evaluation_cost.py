@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ RUN = Cost(
     estimated_bytes=4 << 20,
     adapter_bytes=1 << 19,
     joules=7_200.0,
+    meters=("processors (RAPL)",),
+    unmetered=("GPUs (NVML)",),
 )
 
 
@@ -43,7 +46,7 @@ def test_units() -> None:
     }
     peak = named(section)["peak_memory"]
     assert (peak.before, peak.change, peak.unit) == (4, -1, "MiB")
-    assert section.verdict == "unchanged" and section.notes == ()
+    assert section.verdict == "unchanged"
     assert "2,000 trained parameters (0.5 %)" in section.sentence and "01:30 of training" in section.sentence
 
 
@@ -54,6 +57,15 @@ def test_nothing_is_made_up() -> None:
     assert any("Energy was not counted" in note for note in section.notes)
     empty = cost(Cost())
     assert (empty.verdict, empty.figures) == ("unknown", ())
+
+
+def test_which_meters_were_read_is_said() -> None:
+    (note,) = cost(RUN).notes
+    assert "the meters of processors (RAPL) counted" in note and "GPUs (NVML) could not be read" in note
+    (note,) = cost(replace(RUN, joules=None, meters=(), unmetered=("processors (RAPL)",))).notes
+    assert "not counted: no meter could be read" in note and "processors (RAPL) could not be read" in note
+    (note,) = cost(replace(RUN, joules=None)).notes
+    assert "resumed with other meters" in note
 
 
 def test_nothing_is_divided_by_zero() -> None:

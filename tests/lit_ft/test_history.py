@@ -49,6 +49,44 @@ def test_a_resumed_run_goes_on_counting(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert found["curves"] == {"training": [[1, 1.5], [2, 1.5]], "held-out": []}
 
 
+class Meter:
+    """A stand-in for the machine's meters: a joule more each time it is read."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.missing, self.joules = names, (), 0.0
+
+    def read(self) -> float:
+        self.joules += 1
+        return self.joules
+
+
+def test_energy_is_whole_or_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a run that was resumed, only if the same meters counted all of it."""
+    asked: list[tuple[int, ...]] = []
+
+    def part(before: History | None, *names: str) -> History:
+        def meter(gpus: tuple[int, ...]) -> Meter:
+            asked.append(gpus)
+            return Meter(*names)
+
+        monkeypatch.setattr("lit_ft.callbacks.history.EnergyMeter", meter)
+        history = History(gpus=[1])
+        if before is not None:
+            history.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        history.on_train_start(None, None)
+        step(history, 1, 1.0)
+        step(history, 2, 1.0)
+        return history
+
+    whole = part(part(None, "a", "b"), "a", "b")
+    assert (whole.joules, whole.meters) == (4, ("a", "b")) and set(asked) == {(1,)}
+    assert part(part(None, "a", "b"), "a").joules is None
+    assert part(part(part(None, "a"), "b"), "b").joules is None
+    whole.write(tmp_path, num_tokens=7, device=torch.device("cpu"), estimated_bytes=5)
+    found = json.loads((tmp_path / "history.json").read_text())
+    assert (found["joules"], found["meters"], found["unmetered"], found["estimated_bytes"]) == (4, ["a", "b"], [], 5)
+
+
 def test_a_run_leaves_its_curves_beside_the_adapter(cli: Callable[..., Outcome], llama_folder: Path) -> None:
     rows = [{"prompt": f"How many wheels have {k} bikes?", "completion": f"{k} bikes have {2 * k}."} for k in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
