@@ -54,6 +54,22 @@ def test_what_is_made_of_another_run_is_known() -> None:
     assert len(set(names)) == len(names) and slug("(IA)³", 2) == "ia-s2" and slug("kl_coef=0.3", 0) == "kl-coef-0-3-s0"
 
 
+def test_what_forgetting_is_measured_on_is_not_trained_on(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Q{k}", "input": "in" * (k % 2), "output": "x" * (k * 100)} for k in range(10)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    given = ["--unfiltered", str(tmp_path / "rows.json"), "--general-rows", "3"]
+    forgetting.split_general(tmp_path, forgetting.parse(given))
+    held = [json.loads(line) for line in (tmp_path / forgetting.HELD_OUT).read_text().splitlines()]
+    left = json.loads((tmp_path / forgetting.TRAINED_ON).read_text())
+    assert len(held) == 3 and len(left) == 7
+    assert all(len(row["completion"]) <= forgetting.SHORT for row in held)
+    numbers = {int(row["prompt"].split("\n")[0][1:]) for row in held}
+    assert numbers.isdisjoint(int(row["instruction"][1:]) for row in left)
+    assert all(
+        row["prompt"] == (f"Q{k}\nin" if k % 2 else f"Q{k}") for row, k in zip(held, sorted(numbers), strict=True)
+    )
+
+
 def test_curated_rows_have_the_longest_answers() -> None:
     rows = [{"instruction": str(k), "output": "x" * (k * 7 % 11)} for k in range(11)]
     assert [len(row["output"]) for row in curated(rows, 3)] == [10, 9, 8]
@@ -93,6 +109,7 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     command += ["--methods", PLAIN, "full", "mix", "replay=self", "kl_coef=1", "scale=0.7", "kl_coef=1, scale=0.8"]
     command += ["kl_weight=1", "ema_decay=0.9"]
     command += ["--seeds", "1", "--lima-rows", "8", "--unfiltered", str(tmp_path / "general.json"), "--jobs", "2"]
+    command += ["--general-rows", "8"]
     command += ["--set", "data.max_val_rows=4", "replay.max_new_tokens=12", "replay.max_prompts=8"]
     command += ["data.max_length=2048", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
