@@ -44,6 +44,7 @@ from lit_ft.distributed import (
     rank,
 )
 from lit_ft.errors import UserError
+from lit_ft.forecast import expected_bytes
 from lit_ft.judging import raw_scores
 from lit_ft.launched import LOST_ANOTHER, end_with_launcher, how_to_go_on, launched_by_us
 from lit_ft.machine import choose_threads, tokens_per_pass
@@ -58,6 +59,7 @@ from lit_ft.models.resolve import cache_folder, model_fingerprint
 from lit_ft.models.roles import leave_only
 from lit_ft.models.score import attention_backend, check_scoring, use_packed_attention
 from lit_ft.modules.anchor import Anchor
+from lit_ft.preview import resident_bytes
 from lit_ft.progress import metric_line, say
 from lit_ft.reference import attach, read_cached, reference_key, reference_logprobs, write_cached
 from lit_ft.replay import Replayed, base_answers, replayed
@@ -159,6 +161,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     set_chat_template(tokenizer, cfg.data.chat_template)
     encoder = ChatEncoder(tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
     data, val = _examples(cfg, encoder, votes)
+    resident = resident_bytes()
     model = _model(cfg, kind, start, precision)
     roles = None
     if cfg.algorithm.kind in ONLINE:
@@ -184,6 +187,21 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     mesh = make_mesh(cfg, device, ranks)
     replica, replicas = (mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()) if mesh else ranks[:2]
     first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
+    expected = None
+    if ranks.rank == 0 and roles is None:  # what rollouts take is not estimated
+        expected = expected_bytes(
+            cfg,
+            _kind(cfg),
+            start,
+            precision,
+            data,
+            val,
+            layout=layout,
+            pad_id=tokenizer.pad_token_id,
+            device=device,
+            processes=ranks.size,
+            resident=resident,
+        )
     if mesh is not None:
         shard_model(cfg, model, mesh)
     if ranks.size > 1:
@@ -317,7 +335,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             adapt.save_trained(done.model, target, state)
         else:
             save_judge(done.model, module.head, target, mean=judge[0], std=judge[1])
-        history.write(target, num_tokens=module.num_tokens, device=device)
+        history.write(target, num_tokens=module.num_tokens, device=device, estimated_bytes=expected)
 
     write = _writer(cfg, save, tokenizer, report)
     published = agree(lambda: folder.publish(adapters, draft, write))
