@@ -23,6 +23,7 @@ def forgetting(
     texts: Mapping[str, Sequence[str]] | None = None,
     instructions: Mapping[str, Sequence[Example]] | None = None,
     prompts: Sequence[Sequence[int]] = (),
+    categories: Sequence[str] = (),
     answers: int = 1,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -42,6 +43,7 @@ def forgetting(
         texts: plain texts, by category.
         instructions: prompts with an answer each (the first completion counts), by category.
         prompts: token ids of general prompts, which the base answers.
+        categories: of the prompts, one each; without them the distance is given for all prompts together only.
         answers: drawn for each prompt; a prompt is one row, however many.
         max_new_tokens: of an answer.
         seed: of the draws.
@@ -64,11 +66,19 @@ def forgetting(
         found.append(verdict(overall, threshold=threshold, lower_is_better=True))
         said.append(f"{label} {interval_in_words(overall)}")
         rows += [_row(label.rpartition(" ")[2], key, loss_change(*pair)) for key, pair in sorted(scores.items())]
-    fitting = [tuple(p) for p in prompts if base.fits(p, max_new_tokens) and tuned.fits(p, max_new_tokens)]
+    room = [k for k, p in enumerate(prompts) if base.fits(p, max_new_tokens) and tuned.fits(p, max_new_tokens)]
+    fitting = [tuple(prompts[k]) for k in room]
     if len(fitting) < len(prompts):
         notes.append(f"{len(prompts) - len(fitting)} prompts leave no room for an answer and were left out.")
     if fitting:
-        distance = kl_change(tuned.kl_from(base, own_answers(base, fitting, answers, max_new_tokens, seed)))
+        apart = tuned.kl_from(base, own_answers(base, fitting, answers, max_new_tokens, seed))
+        distance = kl_change(apart)
+        if categories:
+            own = [categories[k] for k in room]
+            by_category = {
+                key: [a for a, one in zip(apart, own, strict=True) if one == key] for key in sorted(set(own))
+            }
+            rows += [_row("own answers, KL", key, kl_change(scores)) for key, scores in by_category.items()]
         label = "KL(base ‖ tuned) on the base's own answers"
         figures.append(figure("kl", label, distance, unit="nats per token"))
         found.append(verdict(distance, threshold=threshold, lower_is_better=True))
@@ -85,7 +95,7 @@ def forgetting(
         verdict=_worst(found),
         sentence=f"In nats per token: {'; '.join(said)} (threshold {threshold:g}).",
         figures=tuple(figures),
-        tables=(Table("Loss by category, nats per token", header, tuple(rows)),) if rows else (),
+        tables=(Table("Loss and KL by category, nats per token", header, tuple(rows)),) if rows else (),
         notes=(
             *notes,
             "Small sets of general texts show large losses of ability, not the loss of single facts.",

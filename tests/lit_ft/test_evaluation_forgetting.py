@@ -130,6 +130,19 @@ def test_one_row_has_no_interval_and_no_verdict() -> None:
     assert section.verdict == "unknown" and section.tables[0].rows[0][-1] == "too few rows"
 
 
+def test_the_distance_by_category(base: Subject, tuned: Subject) -> None:
+    """Each category has the mean over the tokens of its own answers; a prompt without room takes its own along."""
+    options = {"max_new_tokens": 6, "categories": ["a", "gone", "b", "a", "a"]}
+    prompts = [PROMPTS[0], (5,) * 2048, *PROMPTS[1:4]]
+    section = forgetting(base, tuned, prompts=prompts, **options)
+    apart = tuned.kl_from(base, own_answers(base, PROMPTS[:4], 1, 6, 0))
+    a = [apart[k] for k in (0, 2, 3)]
+    of_a, of_b = section.tables[0].rows
+    assert of_a[:3] == ("own answers, KL", "a", "3") and of_b[1:3] == ("b", "1")
+    assert of_a[4] == f"{sum(value for value, _ in a) / sum(count for _, count in a):.3f}"
+    assert of_b[-1] == "too few rows"
+
+
 def test_prompts_without_room_are_left_out(base: Subject) -> None:
     section = forgetting(base, base, prompts=[*PROMPTS, (5,) * 2048, ()], max_new_tokens=2)
     assert named(section)["kl"].rows == 4
