@@ -30,6 +30,15 @@ class DataConfig:
 
 
 @dataclass
+class LmEvalConfig:
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    apply_chat_template: bool = False
+
+
+@dataclass
 class EvaluateConfig:
     """One field for each key of conf/evaluate.yaml, where they are explained."""
 
@@ -43,6 +52,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rows: int = 48
     metric: str | None = None
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     answered: int = 6
     max_new_tokens: int = 64
     texts: str | None = None
@@ -51,6 +61,7 @@ class EvaluateConfig:
     own_answers: int = 12
     probed: int = 12
     max_tokens: int = 2048
+    precision: str = "32-true"
     debug: bool = False
 
 
@@ -92,6 +103,12 @@ def _check(cfg: EvaluateConfig) -> None:
     for key in ("answered", "own_answers", "probed"):
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)} must not be negative.")
+    if cfg.lm_eval.tasks and "gain" not in cfg.sections:
+        raise UserError("lm_eval.tasks are measured in the section gain: add it to sections, or leave them out.")
+    if cfg.lm_eval.limit is not None and cfg.lm_eval.limit < 1:
+        raise UserError(f"lm_eval.limit={cfg.lm_eval.limit} must be at least 1; leave it out for all rows.")
+    if cfg.lm_eval.num_fewshot is not None and cfg.lm_eval.num_fewshot < 0:
+        raise UserError(f"lm_eval.num_fewshot={cfg.lm_eval.num_fewshot} must not be negative.")
 
 
 def write_about(cfg: EvaluateConfig) -> tuple[Report, Path]:
@@ -103,11 +120,17 @@ def write_about(cfg: EvaluateConfig) -> tuple[Report, Path]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     from lit_ft.evaluation.compare import Asked, compare
+    from lit_ft.evaluation.harness import Tasks, check_tasks
     from lit_ft.evaluation.page import as_text
     from lit_ft.evaluation.write import write_report
     from lit_ft.exporting.source import find_source
 
     assert cfg.adapter is not None
+    harness = None
+    if cfg.lm_eval.tasks:
+        own = cfg.lm_eval
+        harness = Tasks(tuple(own.tasks), own.limit, own.num_fewshot, own.include_path, own.apply_chat_template)
+        check_tasks(harness)
     root = Path(cfg.adapters)
     source = find_source(cfg.adapter, root)
     other = None if cfg.against == "base" else find_source(cfg.against, root)
@@ -127,6 +150,8 @@ def write_about(cfg: EvaluateConfig) -> tuple[Report, Path]:
         own_answers=cfg.own_answers,
         probed=cfg.probed,
         max_tokens=cfg.max_tokens,
+        precision=cfg.precision,
+        lm_eval=harness,
     )
     report = compare(source, other, asked)
     page = write_report(report, Path(cfg.output) if cfg.output is not None else source.path / REPORT)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_ft.evaluation.bias import bias, read_pairs
 from lit_ft.evaluation.cost import Cost, cost
 from lit_ft.evaluation.forgetting import forgetting
 from lit_ft.evaluation.gain import Metric, exact_match, gain
+from lit_ft.evaluation.harness import Tasks, add_tasks
 from lit_ft.evaluation.overfitting import overfitting
 from lit_ft.evaluation.report import Report
 from lit_ft.evaluation.section import Section
@@ -34,6 +36,7 @@ from lit_ft.evaluation.subject import Kept, Subject
 from lit_ft.exporting.adapted import load_adapted, load_base, load_tokenizer, read_model
 from lit_ft.exporting.source import Base, Source, find_base
 from lit_ft.models.kinds.base import config_in
+from lit_ft.models.precision import PRECISIONS, Precision, choose_precision
 from lit_ft.models.resolve import cache_folder
 from lit_ft.models.roles import POLICY, add_role
 from lit_ft.progress import say
@@ -60,6 +63,8 @@ class Asked:
     own_answers: int
     probed: int
     max_tokens: int
+    precision: str = "32-true"
+    lm_eval: Tasks | None = None
 
 
 def compare(source: Source, other: Source | None, asked: Asked) -> Report:
@@ -74,11 +79,15 @@ def compare(source: Source, other: Source | None, asked: Asked) -> Report:
         if one is not None and one.card is not None and one.card.algorithm == "reward":
             raise UserError(f"{one.name} is a judge: it answers nothing. How often it is right, its card says.")
     metric = _metric(asked.metric)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.precision not in PRECISIONS:
+        raise UserError(f"precision={asked.precision} is not offered: there are {', '.join(PRECISIONS)}.")
+    precision = choose_precision(asked.precision, device)
     base = find_base(source, asked.model)
     if other is not None and find_base(other, asked.model).hash != base.hash:
         raise UserError(f"{source.name} and {other.name} were made for different bases: give two of one base.")
     tokenizer = load_tokenizer(source, base)
-    before, tuned = _subjects(source, other, base, tokenizer, asked.max_tokens)
+    before, tuned = _subjects(source, other, base, tokenizer, asked.max_tokens, device, precision)
     settings = _settings(source)
     given: list[Rows] = []
 
@@ -87,11 +96,16 @@ def compare(source: Source, other: Source | None, asked: Asked) -> Report:
             given.append(_rows(source, base, tokenizer, settings, asked))
         return given[0]
 
-    def made_gain() -> Section:
+    def gain_on_rows() -> Section:
         held_out = rows()[1][: asked.rows]
         return gain(
             before, tuned, held_out, metric=metric, max_new_tokens=asked.max_new_tokens, answered=asked.answered
         )
+
+    def made_gain() -> Section:
+        if asked.lm_eval is None:
+            return gain_on_rows()
+        return add_tasks(_made("gain", "Gain", gain_on_rows, quiet=True), before, tuned, asked.lm_eval)
 
     def made_forgetting() -> Section:
         encoder = ChatEncoder(tokenizer)
@@ -100,14 +114,21 @@ def compare(source: Source, other: Source | None, asked: Asked) -> Report:
             category: load_examples(several, encoder, "sft", val_split=0, max_length=1024)[0].examples
             for category, several in instructions.items()
         }
-        prompts = [example.prompt for group in zip(*examples.values(), strict=False) for example in group]
+        # One of each category after the other; categories may differ in size.
+        drawn = [
+            (category, example.prompt)
+            for several in zip_longest(*examples.values())
+            for category, example in zip(examples, several, strict=True)
+            if example
+        ][: asked.own_answers]
         texts = _by_category(asked.texts, "general/text.jsonl", ("text",))
         return forgetting(
             before,
             tuned,
             texts={category: [str(row["text"]) for row in several] for category, several in texts.items()},
             instructions=examples,
-            prompts=prompts[: asked.own_answers],
+            prompts=[prompt for _, prompt in drawn],
+            categories=[category for category, _ in drawn],
             max_new_tokens=asked.max_new_tokens,
         )
 
@@ -133,12 +154,16 @@ def compare(source: Source, other: Source | None, asked: Asked) -> Report:
         against="base" if other is None else other.name,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         sections=tuple(_made(key, *makers[key]) for key in asked.sections),
-        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+        versions={
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+            "arithmetic": precision.trainer,
+        },
     )
 
 
-def _made(key: str, title: str, make: Callable[[], Section]) -> Section:
-    say(f"section    {title.lower()}")
+def _made(key: str, title: str, make: Callable[[], Section], *, quiet: bool = False) -> Section:
+    if not quiet:
+        say(f"section    {title.lower()}")
     try:
         return make()
     except UserError as error:
@@ -146,10 +171,16 @@ def _made(key: str, title: str, make: Callable[[], Section]) -> Section:
 
 
 def _subjects(
-    source: Source, other: Source | None, base: Base, tokenizer: Any, max_tokens: int
+    source: Source,
+    other: Source | None,
+    base: Base,
+    tokenizer: Any,
+    max_tokens: int,
+    device: torch.device,
+    precision: Precision,
 ) -> tuple[Subject, Subject]:
     """What is compared against, and what the report is about; on one base where that is possible."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
 
     def kept(one: Source | None) -> Kept:
         weights = None if one is None else weights_sha256(one.path)
@@ -157,7 +188,8 @@ def _subjects(
 
     def subject(one: Source | None, model: Any, role: str | None) -> Subject:
         name = "base" if one is None else one.name
-        return Subject(name, model.to(device), tokenizer, role, max_tokens, kept=kept(one))
+        _frozen_as(model, precision.weights)
+        return Subject(name, model.to(device), tokenizer, role, max_tokens, autocast=autocast, kept=kept(one))
 
     def alone(one: Source | None) -> Subject:
         if one is None:
@@ -180,6 +212,22 @@ def _subjects(
             add_role(adapted.model, "against", config, load_file(other.path / ADAPTER_WEIGHTS))
             return subject(other, adapted.model, "against"), tuned
     return alone(other), tuned
+
+
+def _frozen_as(model: Any, dtype: torch.dtype) -> None:
+    """The base's weights in `dtype`, as training had them; those of adapters stay in float32."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters = {
+        id(parameter)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in adapters and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _settings(source: Source) -> Mapping[str, Any]:

@@ -137,7 +137,7 @@ class Subject:
         stops = stop_ids(causal_lm(self.model), self.tokenizer)
         sampling = Sampling(1.0 if greedy else temperature, max_new_tokens, stops)
         asked = [tuple(prompt) for prompt in prompts]
-        key = self._key(
+        key = self.key_of(
             [Example(prompt, ()) for prompt in asked],
             answers={"n": 1 if greedy else n, "temperature": temperature, "seed": None if greedy else seed},
             sampling=[max_new_tokens, *stops],
@@ -182,9 +182,9 @@ class Subject:
         found: dict[int, Scored] = dict.fromkeys(range(len(examples)), (0.0, 0))
         progress = Progress(f"distance of {self.name} from {other.name}", len(examples))
         for group in self._groups(examples, layout):
-            with other._computing():
+            with other.computing():
                 before = predictions(other.model, batch := other._batch(group, layout))
-            with self._computing():
+            with self.computing():
                 after = predictions(self.model, self._batch(group, layout))
             apart = token_kl(before, after)
             targets = batch.target_completion.to(apart.device)
@@ -211,13 +211,13 @@ class Subject:
 
     def _sums(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:
         """Log-probabilities of all completions, from the cache where it has them."""
-        key = self._key(examples, scores="sums")
+        key = self.key_of(examples, scores="sums")
         known = read_cached(self.kept.folder, key) if self.kept else None
         if known is not None and [len(values) for values in known] == [len(e.completions) for e in examples]:
             return known
         found: dict[int, tuple[float, ...]] = dict.fromkeys(range(len(examples)), ())
         progress = Progress(f"log-probabilities of {self.name}", len(examples))
-        with torch.no_grad(), self._computing():
+        with torch.no_grad(), self.computing():
             for group in self._groups(examples, self.layout):
                 logps = iter(completion_logprobs(self.model, self._batch(group, self.layout)).tolist())
                 for example in group:
@@ -239,7 +239,7 @@ class Subject:
         return lay_out(group, layout, self._pad_id).to(next(self.model.parameters()).device)
 
     @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """The model in eval mode with this subject's adapter, in its arithmetic; all put back at the end."""
         device = next(self.model.parameters()).device
         mixed = torch.autocast(device.type, self.autocast) if self.autocast is not None else contextlib.nullcontext()
@@ -271,7 +271,7 @@ class Subject:
                 "data.max_length so that longer rows are left out."
             )
 
-    def _key(self, examples: Sequence[Example], **what: Any) -> str:
+    def key_of(self, examples: Sequence[Example], **what: Any) -> str:
         """Of all that a score or an answer of this subject depends on."""
         parameter = next(self.model.parameters())
         arithmetic = [self.max_tokens, self.layout, str(self.autocast), str(parameter.dtype), parameter.device.type]

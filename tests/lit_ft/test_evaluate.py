@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -182,4 +183,37 @@ def test_refused_before_anything_is_measured(
 ) -> None:
     trained()
     assert complaint in said(evaluate(*words))
+    assert not Path("adapters/desk/v1/report").exists()
+
+
+def test_bf16_says_the_same_to_its_rounding(trained: Callable[..., str], evaluate: Callable[..., Outcome]) -> None:
+    trained("desk", "trainer.max_steps=30", "algorithm.learning_rate=1e-2")
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        assert evaluate("adapter=desk", "sections=[gain,forgetting]", f"precision={precision}", *FEW).code == 0
+        found[precision] = report()
+        assert found[precision]["versions"]["arithmetic"] == precision
+    for key in ("gain", "forgetting"):
+        exact, rounded = (one["sections"][key] for one in found.values())
+        assert exact["verdict"] == rounded["verdict"]
+        for name in ("loss", "text_loss", "instruction_loss", "kl"):
+            if name in exact["figures"]:
+                # Eight bits of mantissa: 2^-9 of a loss of some 5 nats.
+                assert rounded["figures"][name]["change"] == pytest.approx(exact["figures"][name]["change"], abs=0.02)
+
+
+def test_another_precision_is_refused(trained: Callable[..., str], evaluate: Callable[..., Outcome]) -> None:
+    trained()
+    assert "bf16-true" in said(evaluate("adapter=desk", "precision=bf16-true", *FEW))
+
+
+def test_tasks_of_a_harness_that_is_not_there(
+    trained: Callable[..., str], evaluate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'lit_ft[lm_eval]'" in said(evaluate("adapter=desk", "lm_eval.tasks=[arc_easy]", *FEW))
+    without = evaluate("adapter=desk", "sections=[cost]", "lm_eval.tasks=[arc_easy]", *FEW)
+    assert "section gain" in said(without)
+    assert "must be at least 1" in said(evaluate("adapter=desk", "lm_eval.tasks=[arc_easy]", "lm_eval.limit=0", *FEW))
     assert not Path("adapters/desk/v1/report").exists()
