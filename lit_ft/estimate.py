@@ -214,6 +214,8 @@ def rehearse(
         whole = moments
         if setting.checkpointing and setting.device == "cpu":
             whole = _moments(model, lm, batch, replace(setting, checkpointing=False), accumulates, penalty)
+        if four_bits:
+            _as_numbers(moments, model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         frozen = 0 if full else weights - 4 * sum(trained) - (_saved_by_four_bits(model) if four_bits else 0)
         gathered = _gathered(model, lm)
@@ -240,11 +242,32 @@ def bytes_of_rows(examples: Sequence[Example]) -> int:
     )
 
 
+def _in_four_bits(model: Any) -> list[Tensor]:
+    """The weights that QLoRA keeps in 4 bits: of all linear layers but adapters and that which makes logits."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = causal_lm(model).get_output_embeddings()
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
+    ]
+    return [module.weight for module in linear if not module.weight.requires_grad]
+
+
 def _saved_by_four_bits(model: Any) -> int:
     """Bytes less: NF4 has half a byte per number, and 0.127 bits for its constants (arXiv:2305.14314, section 3)."""
-    head = causal_lm(model).get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad and m is not head]
-    return sum(round(m.weight.numel() * (m.weight.element_size() - (4 + 0.127) / 8)) for m in linear)
+    return sum(round(w.numel() * (w.element_size() - (4 + 0.127) / 8)) for w in _in_four_bits(model))
+
+
+def _as_numbers(moments: Moments, model: Any) -> None:
+    """Add the largest weight in 4 bits, which are numbers one at a time, to the stages that multiply by them."""
+    largest = max((w.numel() * w.element_size() for w in _in_four_bits(model)), default=0)
+    for stage, parts in moments.items():
+        if stage == "forward pass":
+            parts["activations"] += largest
+        elif stage.startswith("backward pass"):
+            parts["backward pass"] += largest
 
 
 def _gathered(model: Any, lm: Any) -> int:

@@ -406,7 +406,7 @@ class Preview:
             "rows": bytes_of_rows(examples),
             "reference": pairs * (24 + 8 + 56),  # a float of Python's, its place, and a tuple's own
             "tokenizer": self.tokenizer_bytes,
-            "stored": numbers * kept.itemsize if kept != loaded else 0,
+            "stored": numbers * kept.itemsize if kept != loaded or self.kind.quantized else 0,
         }
 
     def rehearsal(self, setting: Setting) -> Rehearsal:
@@ -503,12 +503,14 @@ def weightless(cfg: Config, kind: AdapterKind, start: Adapter | None, precision:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lit_ft.models.load import _four_bits, _has_flash_attention, context_length, load_config
+    from lit_ft.models.four_bits import check_widths, nf4
+    from lit_ft.models.load import _has_flash_attention, check_quantizable, context_length, load_config
     from lit_ft.models.resolve import unreachable
 
     dtype = torch.float32 if kind.whole_model else precision.weights
     if kind.quantized:
-        _four_bits(dtype)
+        check_quantizable(load_config(cfg.model.id), cfg.model.id)
+        nf4(dtype)
     config = load_config(cfg.model.id, cfg.model.tiny)
     attention = cfg.model.attention
     if attention == "flash_attention_2" and not _has_flash_attention():
@@ -518,6 +520,8 @@ def weightless(cfg: Config, kind: AdapterKind, start: Adapter | None, precision:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise unreachable(cfg.model.id, error) from error
+    if kind.quantized:
+        check_widths(model, cfg.model.id)
     if getattr(config, "quantization_config", None):
         model.is_quantized = True
     reach = context_length(model)

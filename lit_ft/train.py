@@ -323,7 +323,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         data=data.sources,
         parent=start.ref if start else None,
         metrics=metrics,
-        versions=_versions(),
+        versions=_versions(kind),
         servable=reason is None,
         not_servable_reason=reason,
         canary=_canary(cfg, done.model, tokenizer, precision, device) if reason is None else None,
@@ -571,7 +571,7 @@ def _with_reference(
             gathered_as=str(cfg.strategy.param_dtype),
             model=cfg.model.id if cfg.model.tiny else None,
             # What computes them may change from one version to the next.
-            versions=_versions(),
+            versions=_versions(kind),
             # What these begin with differs from the base by rounding, to 4 bits or of what is left of a weight.
             begun_as=cfg.peft.kind.value if kind.quantized or kind.changes_base else None,
         )
@@ -634,7 +634,14 @@ def _answers_of_base(
             prompts,
             max_new_tokens=cfg.replay.max_new_tokens,
             kept=cache_folder() / "replay",
-            depends_on=[base_hash, tiny, precision.trainer, str(precision.weights), device.type],
+            depends_on=[
+                base_hash,
+                tiny,
+                precision.trainer,
+                str(precision.weights),
+                device.type,
+                *(["4 bits"] if KINDS[cfg.peft.kind.value].quantized else []),
+            ],
             below=below,
             autocast=autocast,
         )
@@ -744,9 +751,9 @@ def _what_filled_memory(
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(kind: AdapterKind) -> dict[str, str]:
     found = {}
-    for name in ("lit_ft", "torch", "lightning", "transformers", "peft"):
+    for name in ("lit_ft", "torch", "lightning", "transformers", "peft", *(["bitsandbytes"] if kind.quantized else [])):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -64,6 +64,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where it is not installed."""
+    import importlib.util
+
+    # These remember for the whole process whether it is there.
+    import peft  # noqa: F401
+    import transformers.utils
+
+    transformers.utils.is_bitsandbytes_available()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else found(name, *more)
+    )
+
+
 @dataclass
 class Outcome:
     """What a command left: its exit code and what it printed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,14 @@ def outputs(model: Any, tokenizer: Any) -> Outputs:
     tokens = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"][:most], device=device)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     return Outputs(tokens.cpu(), logits.float().cpu())
+
+
+@torch.no_grad()
+def token_logprobs(model: Any, tokens: Sequence[int]) -> Tensor:
+    """`(T-1,)` log-probabilities in float32 of each token but the first after those before it."""
+    ids = torch.tensor(list(tokens), device=next(model.parameters()).device)
+    logits = model.eval()(input_ids=ids[None], use_cache=False).logits[0].float().cpu()
+    return Outputs(ids.cpu(), logits).logprobs
 
 
 def difference(one: Outputs, other: Outputs) -> Difference:

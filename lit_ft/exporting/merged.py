@@ -13,6 +13,7 @@ from lit_ft.exporting.source import KINDS, Base, Source, find_base, takes_from_b
 from lit_ft.progress import say
 
 if TYPE_CHECKING:
+    from lit_ft.adapter import Canary
     from lit_ft.exporting.measure import Difference, Outputs
 
 MERGES = ("LORA", "ADALORA", "IA3")
@@ -143,7 +144,7 @@ def merge(source: Source, base: Base | None, tokenizer: Any, *, scale: float = 1
         return whole, before, difference(before, before)
     adapted = load_adapted(source, base)
     if source.card is not None and source.card.peft == "qlora":
-        say("adapter    was trained on the base in 4 bits; it is merged into the base's own weights")
+        say(f"adapter    {_off_four_bits(source.card.canary, adapted.model)}")
     before = outputs(adapted.model, tokenizer)
     say(f"merging    {source.name} ({source.kind}) into {base.id}")
     try:
@@ -160,3 +161,29 @@ def merge(source: Source, base: Base | None, tokenizer: Any, *, scale: float = 1
         interpolate(whole, base, scale)
         before = outputs(whole, tokenizer)
     return whole, before, found
+
+
+def _off_four_bits(recorded: Canary | None, model: Any) -> str:
+    """That the adapter was trained on another base than `model` has, and how far apart the two answer.
+
+    It is merged into the base's own weights and not into those that 4 bits stand for: so it is the model that vLLM
+    serves with this adapter, and its base is the one that all others have.
+    """
+    from lit_ft.exporting.measure import token_logprobs
+
+    said = "was trained on the base in 4 bits; it is merged into the base's own weights, as it is served on them"
+    if recorded is None:
+        return said
+    with model.disable_adapter():
+        base = token_logprobs(model, recorded.tokens)
+    apart, of_bases = (
+        (found - found.new_tensor(then)).abs().mean()
+        for found, then in (
+            (token_logprobs(model, recorded.tokens), recorded.logprobs),
+            (base, recorded.base_logprobs),
+        )
+    )
+    return (
+        f"{said}: log-probabilities of a text of {len(recorded.tokens)} tokens differ from those in training by "
+        f"{apart:.2g} on average (without the adapter by {of_bases:.2g})"
+    )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_ft.models.four_bits import numel
+
 # The largest rank that vLLM 0.32 has room for (vllm/config/lora.py).
 MAX_SERVABLE_RANK = 512
 # What a LoRA may hold that vLLM 0.32 refuses (vllm/lora/peft_helper.py; single tokens where it reads the weights), and
@@ -49,7 +51,7 @@ def without_dropout(model: nn.Module) -> None:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters, all parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 

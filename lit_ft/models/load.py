@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_ft.errors import UserError
+from lit_ft.models.four_bits import check_widths, keep_trainable, nf4
 from lit_ft.models.resolve import resolve_model, unreachable
 
 
@@ -56,35 +57,44 @@ def load_model(
     where = resolve_model(model_id)
     if attention == "flash_attention_2" and not _has_flash_attention():
         attention = "sdpa"
-    quantization = _four_bits(dtype) if four_bits else None
+    quantization = None
+    if four_bits:
+        check_quantizable(load_config(model_id), model_id)
+        quantization = nf4(dtype)
     logging.disable_progress_bar()
     try:
         if tiny:
             config = shrink(AutoConfig.from_pretrained(where))
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        return AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, attn_implementation=attention, quantization_config=quantization
-        )
+            model = _from_config(config, dtype=dtype, attention=attention, quantization=quantization)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, attn_implementation=attention, quantization_config=quantization
+            )
     except (OSError, ValueError) as error:
         raise unreachable(model_id, error) from error
     finally:
         logging.enable_progress_bar()
+    keep_trainable(model)
+    if four_bits:
+        check_widths(model, model_id)
+    return model
 
 
-def _four_bits(dtype: torch.dtype) -> Any:
-    """QLoRA's format (Dettmers et al. 2023, arXiv:2305.14314, section 3); raises UserError where it cannot be had."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "peft=qlora keeps the base in 4 bits with bitsandbytes, which is not installed: pip install bitsandbytes. "
-            "Without it, peft=lora model.gradient_checkpointing=true takes the least memory."
-        )
-    from transformers import BitsAndBytesConfig
+def _from_config(config: Any, *, dtype: torch.dtype, attention: str | None, quantization: Any) -> Any:
+    """A model with random weights, quantized if asked."""
+    from transformers import AutoModelForCausalLM
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+    made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if quantization is None:
+        return made
+    # Only loading quantizes.
+    return type(made).from_pretrained(
+        None,
+        config=made.config,
+        state_dict=made.state_dict(),
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=quantization,
     )
 
 
@@ -141,3 +151,9 @@ def check_not_quantized(model: Any) -> None:
     """Raise UserError for a base that cannot be trained in full."""
     if getattr(model, "is_quantized", False):
         raise UserError("peft=full cannot train quantized weights; use peft=lora or an unquantized model.")
+
+
+def check_quantizable(config: Any, model_id: str) -> None:
+    """Raise UserError for a base whose weights are stored in fewer bits already."""
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"The weights of {model_id} are quantized already: train on them as they are, with peft=lora.")

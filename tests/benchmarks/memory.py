@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "data.max_rows=14",
         "model.gradient_checkpointing=true",
     ),
+    "SFT, QLoRA, 2 rows": ("+experiment=sft", "peft=qlora", "peft.r=16", "data.batch_size=2", "data.max_rows=6"),
     "DPO, LoRA, 3 pairs": ("+experiment=dpo", "data.batch_size=3", "data.max_rows=8"),
     "SFT, full, 2 rows": ("+experiment=sft", "peft=full", "data.batch_size=2", "data.max_rows=6"),
     "SFT, full, 6 rows": ("+experiment=sft", "peft=full", "data.batch_size=6", "data.max_rows=14"),

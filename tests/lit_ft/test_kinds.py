@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import copy
 import json
 import shutil
@@ -35,7 +34,7 @@ from tests.processes import run_together
 
 ARCHITECTURES = ["llama", "gpt2", "opt"]
 IDS = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(5))
-# Every kind that needs nothing that may be missing (QLoRA's base is kept by bitsandbytes).
+# Every kind that needs nothing that may be missing (QLoRA's base is kept by bitsandbytes: see test_qlora.py).
 SMALL: dict[str, list[str]] = {
     "lora": ["peft.r=4"],
     "rslora": ["peft.r=4"],
@@ -669,7 +668,8 @@ def test_a_reference_is_that_of_what_a_run_begins_with(run: Run, monkeypatch: py
     assert run("peft=lora", *settings).code == 0
     assert "read from the cache" in run("peft=dora", *settings).err
     assert "read from the cache" not in run("peft=pissa", "peft.r=4", *settings).err
-    monkeypatch.setattr(load, "_four_bits", lambda dtype: None)  # the way is the same without bitsandbytes
+    monkeypatch.setattr(load, "nf4", lambda dtype: None)  # the way is the same without bitsandbytes
+    monkeypatch.setattr(load, "check_widths", lambda model, model_id: None)
     outcome = run("peft=qlora", "peft.r=4", *settings)
     assert outcome.code == 0 and "read from the cache" not in outcome.err
     refused = run("peft=pissa", "peft.r=4", *settings, "algorithm.reference=base")
@@ -710,11 +710,10 @@ def test_a_start_that_does_not_fit_is_an_error(run: Run, published: Any) -> None
     assert "peft=lora, or give start_from=none" in said
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
-def test_qlora_without_bitsandbytes_says_what_to_do(run: Run) -> None:
+def test_qlora_without_bitsandbytes_says_what_to_do(run: Run, without_bitsandbytes: None) -> None:
     outcome = run("peft=qlora")
     said = " ".join(outcome.err.split())
-    assert outcome.code == 2 and "pip install bitsandbytes" in said and "peft=lora" in said
+    assert outcome.code == 2 and "pip install 'lit_ft[qlora]'" in said and "peft=lora" in said
 
 
 # Several processes.

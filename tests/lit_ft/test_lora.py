@@ -54,7 +54,7 @@ def by_peft(model: nn.Module) -> Any:
     """A copy that computes as PEFT does."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        if isinstance(module, lora._fused_class()):
+        if isinstance(module, lora.FusedLoraLinear):
             module.__class__ = Linear
     return twin
 
@@ -382,7 +382,7 @@ def test_names_and_saved_files(tmp_path: Path, fused: Callable[[], int]) -> None
     save_trained(model, tmp_path)
 
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path), is_trainable=True).train()
-    assert not any(isinstance(module, lora._fused_class()) for module in loaded.modules())
+    assert not any(isinstance(module, lora.FusedLoraLinear) for module in loaded.modules())
     fused()
     assert_close(results(loaded), wanted)
     assert fused() == 0
@@ -416,7 +416,7 @@ def test_merge_and_unload() -> None:
 def test_layers_are_fused_once() -> None:
     """A second call finds nothing to do, and an adapter added later needs none."""
     model = adapted()
-    assert sum(isinstance(module, lora._fused_class()) for module in model.modules()) == LAYERS["llama"]
+    assert sum(isinstance(module, lora.FusedLoraLinear) for module in model.modules()) == LAYERS["llama"]
     assert lora.use_fused_lora(model) == 0
 
 
@@ -424,6 +424,6 @@ def test_a_fused_model_is_pickled_and_found_again() -> None:
     """Spawned processes and torch.save go by the class's name."""
     model = adapted()
     again = pickle.loads(pickle.dumps(model))
-    assert any(isinstance(module, lora._fused_class()) for module in again.modules())
+    assert any(isinstance(module, lora.FusedLoraLinear) for module in again.modules())
     ids = torch.randint(4, 260, (1, 9))
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

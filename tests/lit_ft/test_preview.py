@@ -165,12 +165,11 @@ def test_every_kind_on_every_family(folders: dict[str, Path], tmp_path: Path, fa
     assert size == pytest.approx(file.stat().st_size, rel=0.03)
 
 
-def test_qlora_is_refused_as_training_refuses_it(cli: Command, preview: Command, llama_folder: Path) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        pytest.skip("bitsandbytes is there")
-    same_words(cli, preview, "+experiment=sft", "peft=qlora", f"model.id={llama_folder}", *FEW)
+def test_qlora_is_refused_as_training_refuses_it(
+    cli: Command, preview: Command, llama_folder: Path, without_bitsandbytes: None
+) -> None:
+    words = same_words(cli, preview, "+experiment=sft", "peft=qlora", f"model.id={llama_folder}", *FEW)
+    assert "pip install 'lit_ft[qlora]'" in words
 
 
 def test_what_is_shown(preview: Command, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

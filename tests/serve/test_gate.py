@@ -43,6 +43,9 @@ SERVER_RANK = 32
 ASKED = 4
 """How many of PROMPTS are asked: writing an answer with transformers takes more than a second on a slow core."""
 
+FOUR_BITS = importlib.util.find_spec("bitsandbytes") is not None
+"""Where it is missing QLoRA begins on the base itself: what is published, served and compared is of the same form."""
+
 Begun = tuple[AdapterKind, Any]
 """A kind, and a model that it made trainable, its trained weights moved."""
 
@@ -72,7 +75,7 @@ def begun(name: str, std: float, **settings: Any) -> Begun:
 
     torch.manual_seed(0)
     kind = KINDS[name](**settings)
-    return kind, move(kind.begin(base(kind.quantized)), std)
+    return kind, move(kind.begin(base(kind.quantized and FOUR_BITS)), std)
 
 
 def adalora() -> Begun:
@@ -356,14 +359,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, prompt_ids: list[list[int]]
         subject.stop()
 
 
-NO_BITSANDBYTES = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="QLoRA's base is kept by bitsandbytes"
-)
-
-
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[NO_BITSANDBYTES] * (one == "qlora")) for one in PASSED])
+@pytest.mark.parametrize("name", PASSED)
 def test_what_the_gate_passes_answers_as_it_was_trained(served: Served, tmp_path: Path, name: str) -> None:
     """Token by token like transformers and PEFT before anything was converted."""
     import torch
