@@ -69,6 +69,8 @@ from lit_ft.trainer import best_metrics, make_callbacks, make_mesh, make_trainer
 
 # Seconds that the others wait with a mistake, for the first process to say it: they are stopped as soon as one ends.
 _FIRST_SPEAKS = 5
+# Seconds of training from which on a run's memory is estimated as well, for the report: that takes some itself.
+_LONG = 60
 
 
 def train(cfg: Config) -> Adapter:
@@ -187,21 +189,20 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     mesh = make_mesh(cfg, device, ranks)
     replica, replicas = (mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()) if mesh else ranks[:2]
     first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
-    expected = None
-    if ranks.rank == 0 and roles is None:  # what rollouts take is not estimated
-        expected = expected_bytes(
-            cfg,
-            _kind(cfg),
-            start,
-            precision,
-            data,
-            val,
-            layout=layout,
-            pad_id=tokenizer.pad_token_id,
-            device=device,
-            processes=ranks.size,
-            resident=resident,
-        )
+    forecast = partial(
+        expected_bytes,
+        cfg,
+        _kind(cfg),
+        start,
+        precision,
+        data,
+        val,
+        layout=layout,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        processes=ranks.size,
+        resident=resident,
+    )
     if mesh is not None:
         shard_model(cfg, model, mesh)
     if ranks.size > 1:
@@ -329,6 +330,9 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
         canary=_canary(cfg, done.model, tokenizer, precision, device) if reason is None else None,
     )
     state = adapt.trained_state(done.model)
+    expected = None
+    if ranks.rank == 0 and roles is None and history.seconds >= _LONG:  # what rollouts take is not estimated
+        expected = forecast()
 
     def save(target: Path) -> None:
         if judge is None:

@@ -112,5 +112,18 @@ def test_a_run_leaves_its_curves_beside_the_adapter(cli: Callable[..., Outcome],
     assert curves["held-out"][0][1] == pytest.approx(metrics["before/loss"])
     assert min(loss for _, loss in curves["held-out"]) == pytest.approx(metrics["eval/loss"])
     assert found["seconds"] > 0 and found["num_tokens"] > 100
+    assert found["estimated_bytes"] is None, "so short a run is not worth one"
+
+
+def test_a_long_run_keeps_its_estimate_of_memory(
+    cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_ft import train
+
+    monkeypatch.setattr(train, "_LONG", 0)
+    settings = ["data.max_rows=6", "data.max_val_rows=2", "trainer.max_steps=1", "logger=none", "name=desk"]
+    done = cli("+experiment=sft", f"model.id={llama_folder}", "trainer.accelerator=cpu", *settings)
+    assert done.code == 0, done.err
+    found = json.loads((adapter.find(Path("adapters"), "desk").path / "history.json").read_text())
     # Of a process that has more in memory than a tiny model: the estimate is near what it really came to.
     assert found["estimated_bytes"] == pytest.approx(found["peak_bytes"], rel=0.5)
