@@ -247,7 +247,7 @@ class RolloutAlgorithmConfig(AlgorithmConfig):
     num_mini_batches: int = 1
     """Optimizer steps per such epoch."""
     missing_eos_penalty: float | None = None
-    """Taken from the score of a completion that does not end (TRL's name)."""
+    """Taken from the score of a completion that does not end (TRL's name; Huang et al. 2024 give such a fixed one)."""
     reference: Reference = Reference.initial
     """What KL is measured to: `initial`, the policy as it was loaded; `base`, the model below every adapter."""
     ptx_coef: float = 0.0
@@ -262,6 +262,7 @@ class RolloutAlgorithmConfig(AlgorithmConfig):
 class PPOConfig(RolloutAlgorithmConfig):
     kind: Algorithm = Algorithm.ppo
     adam_epsilon: float = 1e-5
+    """As PPO's first implementations had it (Huang et al. 2024)."""
     kl_coef: float = 0.05
     """Of the KL to the reference, per token (InstructGPT: 0.02; TRL: 0.05)."""
     kl_target: float | None = None
@@ -269,15 +270,21 @@ class PPOConfig(RolloutAlgorithmConfig):
     kl_horizon: float = 10_000
     """Completions over which the adaptation takes effect."""
     kl_estimator: KLKind = KLKind.k1
+    """Of each token's KL: `k1`, the difference of log-probabilities (InstructGPT), or Schulman's `k2`, `k3`."""
     gamma: float = 1.0
+    """Discount from token to token (InstructGPT: 1)."""
     lam: float = 0.95
+    """λ of generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438; InstructGPT: 0.95)."""
     cliprange: float = 0.2
+    """How far the policy's ratio may leave 1 (Schulman et al. 2017: 0.2)."""
     cliprange_value: float = 0.2
+    """How far a value may leave the one it had when the completion was made (InstructGPT: 0.2)."""
     vf_coef: float = 0.1
-    """Weight of the value model's loss."""
+    """Weight of the value model's loss (Ziegler et al. 2019: 0.1)."""
     whiten_advantages: bool = True
+    """To mean 0 and deviation 1 over an iteration's tokens, padding left out (Huang et al. 2024)."""
     whiten_rewards: bool = False
-    """To deviation 1, without shifting their mean."""
+    """To deviation 1, without shifting their mean (Huang et al. 2024)."""
     value_at_end: bool = True
     """Values have one token more than the completion: the score is paid after the last one (Huang et al. 2024)."""
     value_from: ValueFrom = ValueFrom.zero

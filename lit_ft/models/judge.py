@@ -120,6 +120,7 @@ def read_judge(folder: Path, ref: str) -> JudgeFiles:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"The judge {ref} in {folder} is damaged ({type(error).__name__}: {error}).") from error
+    # Its scores would not always say so: with AVX512 PyTorch's flash attention makes finite outputs of NaN queries.
     finite = all(bool(torch.isfinite(part).all()) for part in (head, *weights.values()))
     if config.peft_type is None:
         raise UserError(f"The judge {ref} in {folder} is damaged: its adapter_config.json names no kind of adapter.")

@@ -262,6 +262,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a head of NaN": weights(lambda held: held[HEAD].fill_(math.nan)),
     "a flat head": weights(lambda held: held.update({HEAD: torch.zeros(32)})),
     "an adapter of NaN": weights(lambda held: next(iter(held.values())).fill_(math.nan)),
+    "queries of NaN": weights(
+        lambda held: [part.fill_(math.nan) for name, part in held.items() if "q_proj.lora_B" in name]
+    ),
+    "an infinite number": weights(lambda held: held[max(held)].view(-1)[-1:].fill_(math.inf)),
     "no JSON": text("judge.json", "{mean: 1"),
     "a list": text("judge.json", "[0, 1]"),
     "no deviation": text("judge.json", '{"mean": 0.5}'),

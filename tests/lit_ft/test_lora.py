@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from lit_ft.errors import UserError
 from lit_ft.models import lora
 from lit_ft.models.adapt import save_trained
 from lit_ft.models.kinds.lora import Lora, apply_lora
@@ -390,6 +391,16 @@ def test_names_and_saved_files(tmp_path: Path, fused: Callable[[], int]) -> None
     continued = Lora().go_on(tiny.model(), tmp_path, "support@v1").train()
     assert_equal(results(continued), wanted)
     assert fused() == LAYERS["llama"]
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Queries too, of which PyTorch's attention makes finite outputs on some processors."""
+    broken = apply_lora(tiny.model(), r=4, alpha=8, dropout=0.0)
+    with torch.no_grad():
+        next(p for name, p in broken.named_parameters() if "q_proj.lora_B" in name)[0, 0] = torch.nan
+    save_trained(broken, tmp_path)
+    with pytest.raises(UserError, match=r"not finite, in .*q_proj\.lora_B.*start_from=NAME@vN, or start_from=none"):
+        Lora().go_on(tiny.model(), tmp_path, "support@v1")
 
 
 def test_deepcopy_is_fused_and_apart(fused: Callable[[], int]) -> None:

@@ -160,18 +160,26 @@ def loaded(model: Any, folder: Path, config: Any) -> Any:
     """`model` with the adapter in `folder`, to be trained further.
 
     Raises:
-        UserError: its weights do not belong to this model.
+        UserError: its weights do not belong to this model, or are not finite.
     """
     from peft import PeftModel
 
     config.inference_mode = False
     try:
-        return float32(PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True))
+        made = float32(PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The adapter in {folder} does not fit the model ({str(error).splitlines()[0]}). "
             "Choose the model it was trained on, or start_from=none."
         ) from error
+    # Asked here: on some processors PyTorch's attention makes finite outputs of queries that are NaN.
+    for name, weight in made.named_parameters():
+        if weight.requires_grad and not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise UserError(
+                f"The adapter in {folder} holds values that are not finite, in {name}: it is damaged, or its training "
+                "had diverged. Give another version with start_from=NAME@vN, or start_from=none."
+            )
+    return made
 
 
 def config_in(folder: Path) -> Any:
