@@ -15,6 +15,8 @@ from lit_ft.errors import UserError
 SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})
 # Algorithms that make the completions they learn from.
 ONLINE = frozenset({Algorithm.ppo, Algorithm.grpo})
+# Algorithms that need the whole model on each device: several roles stand on it.
+WHOLE = ONLINE | {Algorithm.reward}
 # Algorithms that can be held to the base by the KL on its own answers; PPO and GRPO have a KL of their own.
 ANCHORED = frozenset({Algorithm.sft, Algorithm.dpo})
 
@@ -252,7 +254,7 @@ def _check_kind(cfg: Config) -> None:
 def _check_roles(cfg: Config, name: str, kind: Any) -> None:
     """What judges and online algorithms ask: several adapters on one base, which is whole on every device."""
     algorithm = cfg.algorithm.kind
-    if algorithm not in ONLINE | {Algorithm.reward}:
+    if algorithm not in WHOLE:
         return
     if cfg.strategy.kind in SHARDED:
         raise UserError(

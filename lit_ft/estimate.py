@@ -1,6 +1,7 @@
 """How much memory a training step will take, found by rehearsing it with tensors that have sizes and no content.
 
-The step is run as it is: the model's own code, the attention of `lit_ft.models.attention`, the loss, the backward pass.
+The step is run as it is: the model's own code, the attention of `lit_ft.models.attention`, the loss, the backward pass;
+and so is the making of completions, where an algorithm learns from its own.
 Its tensors are PyTorch's fake ones (`torch._subclasses.fake_tensor`), and what is alive is counted operation by
 operation, as `torch.distributed._tools.mem_tracker` does. So no formula has to know an architecture or an adapter.
 What operations take inside themselves is not seen.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from lit_ft.batches import Batch, Example
 from lit_ft.losses.logprobs import BLOCK
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.attention import PACKED, Plan, register_packed_attention
+from lit_ft.models.roles import POLICY, using
 from lit_ft.models.score import score
 from lit_ft.models.shard import decoder_layers
 
@@ -40,6 +42,7 @@ PARTS = (
     "holes",
     "log-probabilities",
     "backward pass",
+    "keys and values",
     "reference",
     "rows",
     "tokenizer",
@@ -50,7 +53,8 @@ _ROUNDED = {"cpu": 64, "cuda": 512}
 # needed meanwhile and gave back is a hole that is not given to the next aligned block of the same size, for which
 # `memalign` wants some bytes more. Later stages fill the holes. On a GPU see `_SPARE`.
 _HOLES = {"cpu": 0.5, "cuda": 0.0}
-_FILLED = ("backward pass of the middle layer", "backward pass of the first layer", "optimizer step")
+_COMPLETIONS = "making completions"
+_FILLED = ("backward pass of the middle layer", "backward pass of the first layer", "optimizer step", _COMPLETIONS)
 # What CUDA itself takes on a GPU, and the share that its allocator should have to spare.
 _OF_CUDA, _SPARE = 0.7 * 2**30, 0.08
 # Bytes of a token id in Python's lists: a pointer and, above 256, an integer of its own; and of what its mask says.
@@ -170,7 +174,7 @@ class Rehearsal:
 
         def held(stage: str, parts: Counter[str]) -> dict[str, int]:
             found = {part: always.get(part, 0) + parts[part] * (share if part == "gradients" else 1) for part in PARTS}
-            found["holes"] = 0 if stage in _FILLED else _HOLES[device] * self.activations
+            found["holes"] = 0 if stage.startswith(_FILLED) else _HOLES[device] * self.activations
             return {part: round(size) for part, size in found.items()}
 
         by_stage = {stage: held(stage, parts) for stage, parts in stages.items()}
@@ -179,6 +183,18 @@ class Rehearsal:
             by_stage["loading the weights"] = {part: early.get(part, 0) for part in PARTS}
         fullest = max(by_stage, key=lambda stage: sum(by_stage[stage].values()))
         return Estimate(device, by_stage[fullest], fullest)
+
+
+# What a pass computes: for each role on the base, in turn, the tensor that the loss reads. All are computed before the
+# first is backpropagated, as PPO does.
+Passes = Mapping[str, Callable[[Any, Batch], Tensor]]
+
+
+def _logprobs(model: Any, batch: Batch) -> Tensor:
+    return score(model, batch).logprobs
+
+
+LOGPROBS: Passes = {POLICY: _logprobs}
 
 
 def rehearse(
@@ -190,6 +206,8 @@ def rehearse(
     penalty: Callable[[Any], Tensor | None] | None = None,
     four_bits: bool = False,
     allocates_ranks: bool = False,
+    passes: Passes = LOGPROBS,
+    heads: nn.Module | None = None,
 ) -> Rehearsal:
     """Rehearse a training step of `model` over `batch`.
 
@@ -201,19 +219,25 @@ def rehearse(
         penalty: of the model, added to the loss.
         four_bits: the frozen weights of linear layers are kept in 4 bits (QLoRA).
         allocates_ranks: AdaLoRA keeps two averages for each trained number.
+        passes: what is computed and backpropagated.
+        heads: what `passes` use beside the model, on the meta device, too.
 
     Raises:
         Exception: whatever the model's code says to tensors without content.
     """
     lm = causal_lm(model)
+
+    def moments_in(setting: Setting) -> Moments:
+        return _moments(lm, lambda: _rehearse(model, lm, batch, setting, accumulates, penalty, passes, heads))
+
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = [size for size, grows in sizes if grows]
     full = len(trained) == len(sizes)
     with _cast(model, torch.bfloat16 if setting.mixed else torch.float32):
-        moments = _moments(model, lm, batch, setting, accumulates, penalty)
+        moments = moments_in(setting)
         whole = moments
         if setting.checkpointing and setting.device == "cpu":
-            whole = _moments(model, lm, batch, replace(setting, checkpointing=False), accumulates, penalty)
+            whole = moments_in(replace(setting, checkpointing=False))
         if four_bits:
             _as_numbers(moments, model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -231,6 +255,86 @@ def rehearse(
         allocator=2 * 4 * sum(trained) if allocates_ranks else 0,
         activations=max(parts["activations"] for parts in whole.values()),
     )
+
+
+def with_completions(
+    rehearsal: Rehearsal,
+    model: Any,
+    *,
+    rows: int,
+    width: int,
+    more: int,
+    temperature: float = 1.0,
+    four_bits: bool = False,
+) -> Rehearsal:
+    """`rehearsal` of an update, and before it the making of completions by the model itself (`rollout=transformers`).
+
+    Args:
+        model: as it was rehearsed.
+        rows, width: of the largest batch of prompts.
+        more: tokens that each row gets.
+        temperature: of sampling.
+        four_bits: as of `rehearse`.
+    """
+    lm, setting = causal_lm(model), rehearsal.setting
+    with _cast(model, torch.bfloat16 if setting.mixed else torch.float32):
+        moments = _moments(lm, lambda: _complete(model, lm, setting, rows, width, more, temperature))
+    if four_bits:
+        _as_numbers(moments, model)
+    # Those of the last update are there until the next one begins.
+    gradients = Counter({"gradients": 4 * rehearsal.numbers})
+    made = {f"{_COMPLETIONS}: {stage}": parts + gradients for stage, parts in moments.items()}
+    return replace(rehearsal, moments={**rehearsal.moments, **made})
+
+
+def _complete(model: Any, lm: Any, setting: Setting, rows: int, width: int, more: int, temperature: float) -> Moments:
+    """What is held while prompts are read, and while the last token is drawn: the caches are longest then."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import DynamicCache
+
+    from lit_ft.rollouts.base import Sampling
+    from lit_ft.rollouts.transformers import Drawn, generating
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    held = _Held(_ROUNDED[setting.device])
+    drawn = Drawn([0] * rows, Sampling(temperature, 2), torch.device("cpu"))  # twice below
+
+    class Cache(DynamicCache):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            with held.making("keys and values"):
+                return super().update(*args, **kwargs)
+
+    def forward(tokens: int, cache: Any) -> Any:
+        before = cache.get_seq_length()
+        return lm(
+            input_ids=torch.empty(rows, tokens, dtype=torch.long),
+            attention_mask=torch.empty(rows, before + tokens, dtype=torch.long),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    with ExitStack() as stack:
+        stack.enter_context(generating(model, lm.generation_config))
+        stack.enter_context(_as_fake(model, mode))
+        stack.enter_context(mode)
+        held.weights = {id(p) for p in model.parameters()}
+        held.known |= {p.untyped_storage()._cdata for p in model.parameters()}
+        stack.enter_context(held)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=setting.mixed))
+        for stage, read in (("reading prompts", 0), ("drawing the last token", width + more - 2)):
+            cache = Cache()
+            held.enter("between", "activations")
+            if read:
+                forward(read, cache)
+            held.enter(stage, "activations")
+            logits = forward(1 if read else width, cache)
+            held.enter(f"{stage}, logits", "activations")
+            drawn(torch.empty(0), logits.float())
+            held.enter("between", "activations")
+            del logits, cache
+    return {stage: parts for stage, parts in held.fullest.items() if stage != "between"}
 
 
 def bytes_of_rows(examples: Sequence[Example]) -> int:
@@ -264,7 +368,7 @@ def _as_numbers(moments: Moments, model: Any) -> None:
     """Add the largest weight in 4 bits, which are numbers one at a time, to the stages that multiply by them."""
     largest = max((w.numel() * w.element_size() for w in _in_four_bits(model)), default=0)
     for stage, parts in moments.items():
-        if stage == "forward pass":
+        if stage.startswith(("forward pass", "reading prompts", "drawing")):
             parts["activations"] += largest
         elif stage.startswith("backward pass"):
             parts["backward pass"] += largest
@@ -305,24 +409,15 @@ def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
 Moments = dict[str, Counter[str]]
 
 
-def _moments(
-    model: Any,
-    lm: Any,
-    batch: Batch,
-    setting: Setting,
-    accumulates: bool,
-    penalty: Callable[[Any], Tensor | None] | None,
-) -> Moments:
-    """What is held at the fullest moment of each stage of a pass, beside weights and optimizer.
+def _moments(lm: Any, held: Callable[[], Moments]) -> Moments:
+    """`held()`: what is held at the fullest moment of each stage of a pass, beside weights and optimizer.
 
     Layers that are alike need not all be rehearsed: what is held is then linear in their number, stage by stage.
     """
     layers = decoder_layers(lm)
     if len(layers) <= 3 or not _alike(layers):
-        return _rehearse(model, lm, batch, setting, accumulates, penalty)
-    few, more = (
-        _with_layers(lm, count, lambda: _rehearse(model, lm, batch, setting, accumulates, penalty)) for count in (2, 3)
-    )
+        return held()
+    few, more = (_with_layers(lm, count, held) for count in (2, 3))
     beyond = len(layers) - 2
     return {
         stage: Counter({part: few[stage][part] + beyond * (parts[part] - few[stage][part]) for part in PARTS})
@@ -360,7 +455,9 @@ def _rehearse(
     setting: Setting,
     accumulates: bool,
     penalty: Callable[[Any], Tensor | None] | None,
-) -> dict[str, Counter[str]]:
+    passes: Passes = LOGPROBS,
+    heads: nn.Module | None = None,
+) -> Moments:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -368,6 +465,8 @@ def _rehearse(
     layers = decoder_layers(lm)
     with ExitStack() as stack:
         stack.enter_context(_as_fake(model, mode))
+        if heads is not None:
+            stack.enter_context(_as_fake(heads, mode))
         stack.enter_context(_trained_as(model, lm, setting))
         stack.enter_context(mode)
         fake = replace(batch, **{k: _fake(v, mode) for k, v in batch.__dict__.items() if isinstance(v, Tensor)})
@@ -382,14 +481,22 @@ def _rehearse(
             for p in trained:
                 p.grad = torch.empty_like(p)
                 held.is_gradient(p)
-        held.enter("forward pass", "activations")
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.mixed):
-            loss = score(model, fake).logprobs.sum()
-            held.enter("log-probabilities backward", "log-probabilities")
-            if penalty is not None and (more := penalty(model)) is not None:
-                loss = loss + more
-            loss.backward()
+            losses = {}
+            for role, compute in passes.items():
+                held.whose = "" if role == POLICY else f" of the {role} model"
+                held.enter(f"forward pass{held.whose}", "activations")
+                with using(model, role):
+                    losses[role] = compute(model, fake).sum()
+            for role, loss in losses.items():
+                held.whose = "" if role == POLICY else f" of the {role} model"
+                held.enter(f"log-probabilities backward{held.whose}", "log-probabilities")
+                if role == POLICY and penalty is not None and (more := penalty(model)) is not None:
+                    loss = loss + more
+                with using(model, role):  # whose layers run again where they were checkpointed
+                    loss.backward()
         held.enter("between", "backward pass")
+        losses.clear()
         del loss
         for p in trained:
             p.grad = None
@@ -404,6 +511,7 @@ class _Held(TorchDispatchMode):
         fullest: what was held then, by stage.
         known: storages that are counted already or not to be counted.
         weights: ids of the parameters.
+        whose: the pass that runs, where it is not the policy's; ends the names of stages.
     """
 
     def __init__(self, rounded: int) -> None:
@@ -412,6 +520,7 @@ class _Held(TorchDispatchMode):
         self.fullest: dict[str, Counter[str]] = {}
         self.known: set[int] = set()
         self.weights: set[int] = set()
+        self.whose = ""
         self._now: Counter[str] = Counter()
         self._part: dict[int, str] = {}
         self._all = self._most = 0
@@ -421,6 +530,15 @@ class _Held(TorchDispatchMode):
         """Begin a stage, in which what is made belongs to the part `new`."""
         self._stage, self._new, self._most = stage, new, 0
         self._note()
+
+    @contextmanager
+    def making(self, part: str) -> Iterator[None]:
+        """What is made within belongs to `part`, whatever the stage's is."""
+        before, self._new = self._new, part
+        try:
+            yield
+        finally:
+            self._new = before
 
     def is_gradient(self, p: Tensor) -> None:
         """What was counted as something else is the gradient of a weight."""
@@ -474,13 +592,14 @@ def _marking(lm: Any, layers: Sequence[nn.Module], held: _Held) -> list[Any]:
     """Hooks that tell `held` which stage of a pass it is."""
 
     def ended(*_: Any) -> None:
-        held.enter("log-probabilities", "log-probabilities")
+        held.enter(f"log-probabilities{held.whose}", "log-probabilities")
 
     def marked(stage: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
             if hidden.requires_grad:
-                hidden.register_hook(lambda grad: held.enter(stage, "backward pass"))
+                whose = held.whose
+                hidden.register_hook(lambda grad: held.enter(stage + whose, "backward pass"))
 
         return hook
 

@@ -27,8 +27,9 @@ from lit_ft.preview_page import Line, Piece, Section, as_html, as_text, columns,
 if TYPE_CHECKING:
     import torch
 
-    from lit_ft.adapter import Adapter
+    from lit_ft.adapter import Adapter, Base
     from lit_ft.batches import Batch, Example
+    from lit_ft.checkpoint import Resumed
     from lit_ft.data.chat import ChatEncoder
     from lit_ft.data.datamodule import Prepared
     from lit_ft.data.packing import Layout
@@ -52,6 +53,7 @@ _PART_NAMES = {
     "holes": "holes between them that the allocator leaves",
     "log-probabilities": "log-probabilities, in chunks",
     "backward pass": "what an operation makes and gives back",
+    "keys and values": "keys and values of completions",
     "reference": "reference",
     "rows": "rows, tokenized",
     "tokenizer": "tokenizer",
@@ -146,10 +148,18 @@ def preview(cfg: Config) -> list[Section]:
     threads = torch.get_num_threads()
     state = torch.get_rng_state()
     try:
-        return Preview(cfg, devices).sections()
+        return preview_of(cfg, devices).sections()
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
+
+
+def preview_of(cfg: Config, devices: int) -> Preview:
+    """The preview of a run on so many devices."""
+    from lit_ft.checks import ONLINE
+    from lit_ft.preview_online import OnlinePreview
+
+    return (OnlinePreview if cfg.algorithm.kind in ONLINE else Preview)(cfg, devices)
 
 
 class _NotNowError(Exception):
@@ -170,11 +180,6 @@ class Preview:
         from lit_ft.models.load import load_tokenizer
         from lit_ft.models.precision import choose_precision
 
-        if cfg.algorithm.kind in (Algorithm.ppo, Algorithm.grpo):
-            raise UserError(
-                f"There is nothing to preview of algorithm={cfg.algorithm.kind.value}, whose completions do not "
-                "exist yet. A run of two iterations shows more: trainer.max_steps=2."
-            )
         self.cfg = cfg
         self.processes = devices * cfg.trainer.num_nodes
         self.device = train._device(cfg.trainer.accelerator)
@@ -196,18 +201,24 @@ class Preview:
         encoder = ChatEncoder(self.tokenizer, cfg.data.train_on.value, cfg.data.as_chat)
         self.data, self.val = train._examples(cfg, encoder, votes)
         self.model = weightless(cfg, self.kind, self.start, self.precision)
+        others = self.put_roles(base, resumed)
         self.layout: Layout
         self.layout, self.why_padded = train._layout(cfg, self.model, self.device)
         if resumed is not None:
-            known = train._identity(cfg, base, self.data, votes)
+            known = train._identity(cfg, base, self.data, votes) | others
             # What the base answers is not known here.
             resumed.must_be({k: v for k, v in known.items() if k != "data" or cfg.replay.kind is not Replay.self})
+        self.encoder = encoder
         self.own = self._replayed(encoder)
         if cfg.algorithm.kind is Algorithm.dpo:
             self._check_reference(base)
         self.steps_per_epoch, self.steps = self._count_steps()
         self.kind.schedule(self.steps)
         self._check_trainer()
+
+    def put_roles(self, base: Base, resumed: Resumed | None) -> dict[str, str]:
+        """Put what stands beside the trained adapter on the model; returns what it adds to the run's identity."""
+        return {}
 
     def _replayed(self, encoder: ChatEncoder) -> Replayed:
         """Stand-ins for the base's own answers, which are among the training rows from here on."""
@@ -228,7 +239,13 @@ class Preview:
 
         if self.cfg.model.tiny:
             return "sha256:tiny"
-        return model_fingerprint(self.cfg.model.id) if resumed or trains_on_votes(self.cfg) else "sha256:not needed"
+        needed = resumed or trains_on_votes(self.cfg) or self.names_judges
+        return model_fingerprint(self.cfg.model.id) if needed else "sha256:not needed"
+
+    @property
+    def names_judges(self) -> bool:
+        """Whether published judges are used, which must be of this base."""
+        return False
 
     def _check_reference(self, base: Any) -> None:
         """Let training's own code object to the reference; what it would compute is not computed."""
@@ -245,16 +262,22 @@ class Preview:
         from omegaconf import OmegaConf
 
         from lit_ft.distributed import Ranks
-        from lit_ft.train import _module
         from lit_ft.trainer import make_callbacks, make_trainer
 
         cfg = OmegaConf.merge(self.cfg, {"logger": None, "trainer": {"progress": False}})
         with tempfile.TemporaryDirectory(prefix="lit_ft-preview-") as nowhere:
-            module = _module(cfg, self.model, self.kind, None)  # type: ignore[arg-type]
+            self.module = self.make_module(Path(nowhere))
+            module = self.module
             last = Path(nowhere, "checkpoints", "last.ckpt")
             *_, callbacks = make_callbacks(cfg, module, self.kind, last, validates=self.val is not None)  # type: ignore[arg-type]
             if self.processes == 1:
                 make_trainer(cfg, self.precision, callbacks, Path(nowhere), 1, Ranks(0, 1, 0, 1))  # type: ignore[arg-type]
+
+    def make_module(self, run: Path) -> Any:
+        """The LightningModule that would be trained, as training makes it; `run` is a folder that will be gone."""
+        from lit_ft.train import _module
+
+        return _module(self.cfg, self.model, self.kind, None)
 
     def _count_steps(self) -> tuple[int, int]:
         trainer, rows = self.cfg.trainer, len(self.data.examples)
@@ -264,20 +287,24 @@ class Preview:
             each = min(each, limit) if isinstance(limit, int) else int(each * limit)
         return each, trainer.max_steps if trainer.max_steps >= 0 else each * trainer.max_epochs
 
+    def budget(self, device: str) -> int:
+        """Tokens of a pass at most."""
+        import torch
+
+        from lit_ft.machine import tokens_per_pass
+
+        return self.cfg.data.max_tokens or tokens_per_pass(torch.device(device))
+
     def passes(self, device: str, *, later: bool = False) -> tuple[Batch, int, float]:
         """The largest batch that a pass gets on a device, how many passes a step has at most, and on average.
 
         With `later`, the largest one that is not the first of its step, if steps have more than one.
         """
-        import torch
-
         from lit_ft.data.loader import WindowLoader
         from lit_ft.data.packing import lay_out, share_by_tokens, split_by_tokens
-        from lit_ft.machine import tokens_per_pass
 
-        data = self.cfg.data
+        data, budget = self.cfg.data, self.budget(device)
         layout = self.layout if self.layout == "padded" else "apart" if device == "cuda" else "packed"
-        budget = data.max_tokens or tokens_per_pass(torch.device(device))
         replicas = self.processes // self.cfg.strategy.tensor_parallel_size
         loader = WindowLoader(
             self.data.examples, batch_size=data.batch_size, max_tokens=budget, shuffle=data.shuffle, seed=self.cfg.seed
@@ -307,9 +334,11 @@ class Preview:
             Section("Model and adapter", plain(*self._model_lines())),
             Section("Rows", plain(*self._row_lines())),
             self._example_section(),
-            Section("Steps", plain(*self._step_lines())),
+            Section(self.steps_title, plain(*self._step_lines())),
             *self._memory_sections(),
         ]
+
+    steps_title = "Steps"
 
     def _model_lines(self) -> Iterator[str]:
         from lit_ft.models.adapt import causal_lm, lora_rank, parameter_counts
@@ -338,12 +367,12 @@ class Preview:
 
     def _example_section(self) -> Section:
         shown = self.data.examples[:_ROWS]
-        pair = len(shown[0].completions) > 1
+        most = max(len(example.completions) for example in shown)
         lines: list[Line] = []
         for number, example in enumerate(shown, 1):
             faint = f"row {number}: {len(example.prompt)} tokens of prompt, {example.targets} trained on"
             lines += [[Piece(faint, "faint")], [*decoded(self.tokenizer, example)], []]
-        order = ", chosen then rejected" if pair else ""
+        order = "" if most < 2 else ", chosen then rejected" if most == 2 else ", the best completion first"
         few = "row" if len(shown) == 1 else f"{len(shown)} rows"
         return Section(f"The first {few} as the model sees them, the trained part marked{order}", lines[:-1])
 
@@ -359,7 +388,9 @@ class Preview:
             f"{trained:,.0f} of them trained on, in {mean:.1f} passes (at most {most})"
         )
         tokens, targets = batch.input_ids.numel(), len(batch.target_ids)
-        yield f"each pass  {rows}; the largest has {tokens:,} tokens, {targets:,} of them predicted"
+        judged = self.cfg.algorithm.kind is Algorithm.reward
+        seen = f"{batch.num_completions:,} completions to score" if judged else f"{targets:,} of them predicted"
+        yield f"each pass  {rows}; the largest has {tokens:,} tokens, {seen}"
         if self.processes > 1:
             yield f"devices    {self.processes}, which share the rows of each step"
 
@@ -411,27 +442,52 @@ class Preview:
 
     def rehearsal(self, setting: Setting) -> Rehearsal:
         """A step of this run on the device and in the precision of `setting`."""
-        from lit_ft.estimate import rehearse
-        from lit_ft.models.kinds.adalora import AdaLora
-
         batch, most, _ = self.passes(setting.device)
 
         def of(one: Batch, accumulates: bool) -> Rehearsal:
-            return rehearse(
-                self.model,
-                one,
-                setting,
-                accumulates=accumulates,
-                penalty=self.kind.penalty,
-                four_bits=self.kind.quantized,
-                allocates_ranks=isinstance(self.kind, AdaLora),
-            )
+            return self.rehearsed(one, setting, accumulates)
 
         if most == 1 or not self.kind.whole_model:
             return of(batch, most > 1)
         # Gradients as large as the model are there from the second pass of a step on, and the first is the largest.
         later, _, _ = self.passes(setting.device, later=True)
         return max((of(batch, False), of(later, True)), key=lambda one: one.estimate().sum)
+
+    def rehearsed(self, batch: Batch, setting: Setting, accumulates: bool, **what: Any) -> Rehearsal:
+        """A pass over `batch`; `what` it computes, as `rehearse` takes it, if that is not the algorithm's."""
+        from lit_ft.estimate import rehearse
+        from lit_ft.models.kinds.adalora import AdaLora
+
+        return rehearse(
+            self.model,
+            batch,
+            setting,
+            accumulates=accumulates,
+            penalty=self.kind.penalty,
+            four_bits=self.kind.quantized,
+            allocates_ranks=isinstance(self.kind, AdaLora),
+            **(what or self.computed()),
+        )
+
+    def computed(self) -> dict[str, Any]:
+        """What a pass of this algorithm computes, as arguments of `rehearse`."""
+        if self.cfg.algorithm.kind is not Algorithm.reward:
+            return {}
+        import torch
+
+        from lit_ft.models.judge import completion_scores, hidden_size, scalar_head
+        from lit_ft.models.roles import POLICY
+
+        with torch.device("meta"):
+            heads = torch.nn.ModuleList([scalar_head(hidden_size(self.model))])
+        return {"passes": {POLICY: lambda model, batch: completion_scores(model, heads[0], batch)}, "heads": heads}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP would take this run."""
+        from lit_ft.checks import WHOLE
+
+        return self.kind.sharded and self.cfg.algorithm.kind not in WHOLE
 
     def _own_memory(self, own: Estimate) -> list[Line]:
         from lit_ft.memory import machine_memory
@@ -472,7 +528,7 @@ class Preview:
             cells = []
             for shards in (1, 2, 4):
                 kept = rehearsals[setting].estimate(shards, **self.main_memory(setting))
-                cells.append(_size(kept.sum) if shards == 1 or self.kind.sharded else "-")
+                cells.append(_size(kept.sum) if shards == 1 or self.sharded else "-")
             alone = rehearsals[setting].estimate(1)
             gpus = [size for size in _GPUS if alone.fits(size * 2**30)]
             fits = "-" if setting.device == "cpu" else " ".join(map(str, gpus)) + " GB" if gpus else "none"

@@ -40,6 +40,7 @@ class Roles:
         reference: the adapter that KL is measured to, or None for the base.
         value_head: of the value model, with PPO.
         judges: by the name that was asked for, the role, the files and the head of each judge on the model.
+        found: by that name, the published judge.
         identity: what a resumed run must have in common with this one.
     """
 
@@ -71,6 +72,7 @@ class Roles:
             for spec in [*specs, *judging]
             if spec.kind == "judge"
         }
+        self.found = found
         self.identity = {
             "reward": _described(specs),
             "judge": _described(judging),
@@ -151,17 +153,31 @@ def make_rewards(setting: str, value: Any, roles: Roles, model: Any, **batches: 
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else WeightedReward(parts)
 
 
+def rollout_tokens(cfg: Config, device: str) -> int:
+    """How many tokens `rollout=transformers` holds keys and values of at a time on `cpu` or `cuda`."""
+    return (cfg.rollout.max_tokens if cfg.rollout else None) or _ROLLOUT_TOKENS[device]
+
+
 def make_engine(
-    cfg: Config, model: Any, tokenizer: Any, run: Path, device: torch.device, autocast: torch.dtype | None
+    cfg: Config,
+    model: Any,
+    tokenizer: Any,
+    run: Path,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    **vllm: Any,
 ) -> RolloutEngine:
-    """What makes completions; a vLLM is started now, one for all processes, and has its log and the policy in `run`."""
+    """What makes completions; a vLLM is started now, one for all processes, and has its log and the policy in `run`.
+
+    `vllm` are more arguments of `VllmRollouts`.
+    """
     algorithm: Any = cfg.algorithm
     assert cfg.rollout is not None
     sampling = Sampling(algorithm.temperature, algorithm.max_new_tokens, stop_ids(model, tokenizer))
     if cfg.rollout.kind is Rollout.transformers:
         from lit_ft.rollouts.transformers import TransformersRollouts
 
-        tokens = cfg.rollout.max_tokens or _ROLLOUT_TOKENS[device.type]
+        tokens = rollout_tokens(cfg, device.type)
         return TransformersRollouts(
             model, sampling, pad_id=tokenizer.pad_token_id, max_tokens=tokens, autocast=autocast
         )
@@ -187,6 +203,7 @@ def make_engine(
             gpu_memory_utilization=settings.gpu_memory_utilization,
             retries=settings.retries,
             max_model_len=min(cfg.data.max_length + 1, context_length(model) or cfg.data.max_length + 1),
+            **vllm,
         )
 
     if size() == 1:
@@ -207,6 +224,7 @@ def online_module(
     device: torch.device,
     precision: Precision,
     shared: dict[str, Any],
+    vllm: Mapping[str, Any] | None = None,
     **batches: Any,
 ) -> Any:
     """The LightningModule of PPO or GRPO.
@@ -214,6 +232,7 @@ def online_module(
     Args:
         run: the run's folder.
         shared: arguments that every module takes.
+        vllm: more arguments of `VllmRollouts`.
         batches: `layout`, `max_tokens`, `pad_id`.
     """
     from lit_ft.modules.grpo import GRPOModule
@@ -233,7 +252,7 @@ def online_module(
     common: dict[str, Any] = {
         **shared,
         **batches,
-        "engine": make_engine(cfg, model, tokenizer, run, device, autocast),
+        "engine": make_engine(cfg, model, tokenizer, run, device, autocast, **(vllm or {})),
         "reward": make_rewards("reward", cfg.reward, roles, model, **batches, autocast=autocast),
         "judge": make_rewards("judge", cfg.judge, roles, model, **batches, autocast=autocast)
         if cfg.judge is not None

@@ -64,7 +64,7 @@ class TransformersRollouts(RolloutEngine):
         found: list[list[Rollout]] = [[] for _ in prompts]
         done = 0
         seeds = [seed_of(seed, place) for place in (range(len(prompts)) if places is None else places)]
-        with _generating(self._model, self._settings()):
+        with generating(self._model, self._settings()):
             for rows in self._batches(prompts, n):
                 drawn = [seeds[index] + k for index, k in rows]
                 generated = self._complete(lm, [prompts[index] for index, _ in rows], drawn, device)
@@ -101,10 +101,10 @@ class TransformersRollouts(RolloutEngine):
 
     def _processors(self, seeds: list[int], device: torch.device) -> list[Any]:
         """What chooses the tokens; without any it is the likeliest one each time."""
-        return [_Drawn(seeds, self._sampling, device)]
+        return [Drawn(seeds, self._sampling, device)]
 
     def _settings(self) -> Any:
-        """Nothing that changes the logits; `_Drawn` has drawn already, and the greedy choice is what it drew."""
+        """Nothing that changes the logits; `Drawn` has drawn already, and the greedy choice is what it drew."""
         from transformers import GenerationConfig
 
         return GenerationConfig(
@@ -116,7 +116,7 @@ class TransformersRollouts(RolloutEngine):
         )
 
 
-class _Drawn:
+class Drawn:
     """A logits processor that leaves the drawn tokens only: of each row by the inverse of its distribution function.
 
     Each row has uniform numbers of its own, made beforehand from its own seed, where transformers' sampling draws a
@@ -141,7 +141,7 @@ class _Drawn:
 
 
 @contextlib.contextmanager
-def _generating(model: Any, settings: Any) -> Iterator[None]:
+def generating(model: Any, settings: Any) -> Iterator[None]:
     """`model` in eval mode, able to generate by `settings` alone; all of it put back at the end.
 
     transformers fills what a call's settings leave open from the model's own (a repetition penalty, tokens to

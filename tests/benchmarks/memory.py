@@ -26,6 +26,8 @@ from typing import Any
 
 from lit_ft.progress import say
 
+# Completions are about as long as they may be: few of the bundled model's end within 32 tokens.
+_ONLINE = ("reward=tests.benchmarks.memory:brevity", "algorithm.max_new_tokens=32", "algorithm.num_epochs=2")
 # Settings of each case. Runs are of two steps, over as many rows.
 CASES: dict[str, tuple[str, ...]] = {
     "SFT, LoRA, 2 rows": ("+experiment=sft", "data.batch_size=2", "data.max_rows=6"),
@@ -39,6 +41,22 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "SFT, QLoRA, 2 rows": ("+experiment=sft", "peft=qlora", "peft.r=16", "data.batch_size=2", "data.max_rows=6"),
     "DPO, LoRA, 3 pairs": ("+experiment=dpo", "data.batch_size=3", "data.max_rows=8"),
+    "PPO, 4 prompts": (*_ONLINE, "+experiment=ppo", "data.batch_size=4", "data.max_rows=10"),
+    "PPO, checkpointing": (
+        *_ONLINE,
+        "+experiment=ppo",
+        "data.batch_size=4",
+        "data.max_rows=10",
+        "model.gradient_checkpointing=true",
+    ),
+    "PPO, 12 prompts": (*_ONLINE, "+experiment=ppo", "data.batch_size=12", "data.max_rows=26"),
+    "GRPO, 2 prompts of 4": (
+        *_ONLINE,
+        "+experiment=grpo",
+        "algorithm.num_generations=4",
+        "data.batch_size=2",
+        "data.max_rows=6",
+    ),
     "SFT, full, 2 rows": ("+experiment=sft", "peft=full", "data.batch_size=2", "data.max_rows=6"),
     "SFT, full, 6 rows": ("+experiment=sft", "peft=full", "data.batch_size=6", "data.max_rows=14"),
 }
@@ -133,14 +151,14 @@ def estimate(overrides: Sequence[str], device: str) -> dict[str, Any]:
     from lit_ft.cli import conf_folder
     from lit_ft.config import register_schemas
     from lit_ft.estimate import Setting
-    from lit_ft.preview import Preview, register_preview
+    from lit_ft.preview import preview_of, register_preview
 
     quiet()
     register_schemas()
     register_preview()
     with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
         cfg: Any = compose("config", list(overrides))
-    looked = Preview(cfg, 1)
+    looked = preview_of(cfg, 1)
     setting = Setting(device, cfg.trainer.precision == "bf16-mixed", cfg.model.gradient_checkpointing)
     found = looked.rehearsal(setting).estimate(**looked.main_memory(setting))
     tokens = looked.passes(device)[0].input_ids.numel()
@@ -178,6 +196,11 @@ def run(overrides: Sequence[str]) -> None:
     except SystemExit as ended:
         if ended.code:
             raise RuntimeError(f"lit_ft {' '.join(overrides)} ended with exit code {ended.code}") from None
+
+
+def brevity(completions: Sequence[str], **_: Any) -> list[float]:
+    """The reward of PPO's and GRPO's cases."""
+    return [-float(len(completion)) for completion in completions]
 
 
 def reset(device: str) -> None:

@@ -9,13 +9,30 @@ import pytest
 import torch
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
-from lit_ft.estimate import PARTS, Estimate, Setting, _Held, _marking, _rehearse, bytes_of_rows, rehearse
+from lit_ft.estimate import (
+    LOGPROBS,
+    PARTS,
+    Estimate,
+    Setting,
+    _Held,
+    _marking,
+    _rehearse,
+    bytes_of_rows,
+    rehearse,
+    with_completions,
+)
+from lit_ft.losses.logprobs import rows_by_completion
 from lit_ft.models.adapt import causal_lm
+from lit_ft.models.judge import head_values, scalar_head
 from lit_ft.models.kinds import KINDS
-from lit_ft.models.score import score, use_packed_attention
+from lit_ft.models.roles import POLICY, add_role, train_only
+from lit_ft.models.score import score, score_gathered, use_packed_attention
 from lit_ft.models.shard import decoder_layers
+from lit_ft.rollouts import Sampling
+from lit_ft.rollouts.transformers import TransformersRollouts
 from tests import tiny
 from tests.lit_ft.test_memory import llama
+from tests.lit_ft.test_online import online
 
 pytestmark = pytest.mark.slow
 
@@ -221,3 +238,75 @@ def test_rows_are_counted_as_python_keeps_them() -> None:
     ids = tuple(1000 + k for k in range(50))
     example = Example(ids, (Completion(ids, (True,) * 50),), 0)
     assert bytes_of_rows([example, example]) == 2 * (100 * 40 + 50 * 8)
+
+
+# PPO's update, and the making of completions.
+
+
+def held_by(model: Any, act: Any) -> int:
+    """Bytes that `act` holds at its fullest moment beside the weights of `model`."""
+    held = _Held(64)
+    held.weights = {id(p) for p in model.parameters()}
+    held.known |= {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    with held:
+        held.enter("all of it", "activations")
+        act()
+    return sum(held.fullest["all of it"].values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rehearsed_update_of_ppo_holds_what_a_real_one_does(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy and value model, forward both and then backward both, as the module does it."""
+    setting, batch = Setting(checkpointing=checkpointing), batch_of(2, 60)
+    real, _ = built("small llama", "lora", setting, meta=False)
+    module = online("ppo", real)
+    # There is no trainer; the old values of a policy that was just asked.
+    monkeypatch.setattr(module, "manual_backward", lambda tensor, gradient: tensor.backward(gradient=gradient))
+    count, most = batch.num_completions, int(batch.completion_lengths.max())
+    old = {key: torch.zeros(count, most) for key in ("logps", "advantages")}
+    old |= {"mask": torch.ones(count, most, dtype=torch.bool), "value_mask": torch.ones(count, most + 1).bool()}
+    old |= {key: torch.zeros(count, most + 1) for key in ("values", "returns")}
+
+    def update() -> None:
+        flat = score_gathered(real, batch).logprobs
+        logps = rows_by_completion(flat, batch.target_completion, batch.completion_lengths)
+        module._backward(batch, logps, old, {"completions": count, "tokens": count * most})
+
+    wanted = held_by(real.train(), update)
+
+    fake, _ = built("small llama", "lora", setting, meta=True)
+    with torch.device("meta"):
+        add_role(fake, "value")
+        heads = torch.nn.ModuleList([scalar_head(64, bias=True)])
+    train_only(fake, [POLICY, "value"])
+
+    def values(model: Any, batch: Batch) -> torch.Tensor:
+        return head_values(model, heads[0], batch, torch.cat([batch.target_sources, batch.completion_ends]))
+
+    found = rehearse(fake, batch, setting, passes={**LOGPROBS, "value": values}, heads=heads)
+    assert max(sum(parts.values()) for parts in found.moments.values()) == pytest.approx(wanted, rel=0.03)
+    alone = rehearse(fake, batch, setting)
+    assert found.activations == pytest.approx(2 * alone.activations, rel=0.1), "of both models at once"
+    assert heads[0].weight.device.type == "meta" and list(fake.peft_config) == [POLICY, "value"]
+
+
+def test_rehearsed_completions_hold_what_real_ones_do() -> None:
+    """Two prompts that get twelve tokens each: keys and values grow to the last of them."""
+    real, _ = built("small llama", "lora", PLAIN, meta=False)
+    prompts, sampling = [tuple(range(4, 34)), tuple(range(40, 70))], Sampling(max_new_tokens=12)
+    engine = TransformersRollouts(real, sampling, pad_id=3, max_tokens=1000)
+    wanted = held_by(real, lambda: engine.generate(prompts, 1, 0))
+    fake, _ = built("small llama", "lora", PLAIN, meta=True)
+    update = rehearse(fake, batch_of(1, 20), PLAIN)
+    found = with_completions(update, fake, rows=2, width=30, more=12)
+    made = {stage: parts for stage, parts in found.moments.items() if stage.startswith("making completions")}
+    most = max(sum(parts.values()) - parts["gradients"] for parts in made.values())
+    assert most == pytest.approx(wanted, rel=0.1)
+    # The last token is drawn from the logits of the one before it: 41 of 42 have keys and values.
+    layers, heads, width, numbers = 2, 2, 16, 2 * (30 + 11)
+    kept = max(parts["keys and values"] for parts in made.values())
+    whole = 2 * layers * heads * width * numbers * 4
+    assert kept == pytest.approx(whole, rel=0.02), "the allocator rounds"
+    assert fake.training and {p.device.type for p in fake.parameters()} == {"meta"}

@@ -24,7 +24,7 @@ from lit_ft.data.datamodule import ExamplesDataModule
 from lit_ft.data.packing import divided
 from lit_ft.errors import UserError
 from lit_ft.losses.ppo import MAX_PROPORTIONAL_ERROR
-from lit_ft.models.judge import scalar_head
+from lit_ft.models.judge import hidden_size, scalar_head
 from lit_ft.models.roles import POLICY, add_role, copy_role, role_parameters, train_only
 from lit_ft.modules import GRPOModule, PPOModule
 from lit_ft.modules.online import OnlineModule
@@ -133,7 +133,7 @@ def online(
         return GRPOModule(model, **{**common, "num_generations": 4, **settings})
     torch.manual_seed(3)
     add_role(model, "value")
-    head = scalar_head(32, bias=True, zero=True)
+    head = scalar_head(hidden_size(model), bias=True, zero=True)
     if value is not None:
         stirred(model, "value")
         with torch.no_grad():
