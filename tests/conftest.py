@@ -33,8 +33,8 @@ def not_marked_as_one_of_several() -> Iterator[None]:
 def the_same_precision_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """`trainer.precision=auto` is float32 in this process, whatever this machine multiplies fastest.
 
-    Tests that compare weights or losses would otherwise mean one thing on one processor and another on the next. bf16 has
-    tests of its own, which ask for it.
+    Tests that compare weights or losses would otherwise mean one thing on one processor and another on the next. bf16
+    has tests of its own, which ask for it.
     """
     from lit_ft.models import precision
 
