@@ -18,6 +18,9 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         pytest.skip("no Chromium on PATH: the page needs a browser to be tested in")
     playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+    # Five seconds by default: replies of a real engine take longer on a machine that has more to do. Tests of what must
+    # be quick say how quick.
+    playwright.expect.set_options(timeout=30_000)
     with playwright.sync_playwright() as started:
         # Containers seldom allow Chromium's own sandbox; the page is ours.
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
