@@ -7,7 +7,9 @@ scoring and updates. `memory`: PPO's peak beside four separate models with a ste
 often judges are right on held-out pairs, beside "the longer answer wins", for the project's pairs and those of
 `--preferences`. `quality`: from one SFT adapter, DPO with several β, PPO and GRPO; PPO and GRPO are trained on judge A
 and everything is scored by judge B, which was trained on other pairs, on prompts that nobody was trained on; intervals
-by bootstrap, paired by prompt; a plot of B's score against the KL to the SFT adapter.
+by bootstrap, paired by prompt; a plot of B's score against the KL to the SFT adapter. Scores are rewards as in
+training: less `--missing-eos-penalty` for each completion that does not end, since a judge has only seen answers that
+do.
 
 Runs are those of `python -m lit_ft`, each in a process of its own. What lies in `--out` is not run again.
 """
@@ -21,7 +23,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--prompts", type=int, default=16, help="of an iteration of PPO; GRPO has a quarter, four times"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="nine answers in ten of the data are shorter")
+    parser.add_argument("--missing-eos-penalty", type=float, default=1.0, help="in deviations of a judge's scores")
     parser.add_argument("--temperature", type=float, default=0.7, help="of completions, in training and when judged")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt with its answer")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.05, 0.2])
@@ -252,8 +255,7 @@ def online(out: Path, options: argparse.Namespace, algorithm: str, name: str) ->
         "reward=judge-a@v1",
         f"algorithm.max_new_tokens={options.max_new_tokens}",
         f"algorithm.temperature={options.temperature}",
-        # A judge has only seen answers that end; of others its score says little.
-        "algorithm.missing_eos_penalty=1",
+        f"algorithm.missing_eos_penalty={options.missing_eos_penalty}",
         f"algorithm.num_generations={each[1]}",
         f"data.batch_size={each[0]}",
         f"algorithm.learning_rate={options.rate}",
@@ -330,18 +332,25 @@ def quality(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]
         )
         for label, name in policies.items()
     }
-    before = judged["SFT"]["judge-b@v1"]
+    penalty = options.missing_eos_penalty
+    before = rewards(judged["SFT"], "judge-b@v1", penalty)
     return {
         label: {
             "kl": statistics.fmean(one["kl"]),
-            "score": statistics.fmean(one["judge-b@v1"]),
-            "trained_on": statistics.fmean(one["judge-a@v1"]),
-            "gain": interval([a - b for a, b in zip(one["judge-b@v1"], before, strict=True)]),
+            "score": statistics.fmean(rewards(one, "judge-b@v1", penalty)),
+            "trained_on": statistics.fmean(rewards(one, "judge-a@v1", penalty)),
+            "gain": interval([a - b for a, b in zip(rewards(one, "judge-b@v1", penalty), before, strict=True)]),
+            "unpenalised": statistics.fmean(one["judge-b@v1"]) - statistics.fmean(judged["SFT"]["judge-b@v1"]),
             "length": statistics.fmean(one["length"]),
             "ended": statistics.fmean(one["ended"]),
         }
         for label, one in judged.items()
     }
+
+
+def rewards(judged: Mapping[str, Sequence[float]], judge: str, penalty: float) -> list[float]:
+    """By prompt: the judge's mean score, less the penalty for the share of completions that do not end."""
+    return [score - penalty * (1 - ended) for score, ended in zip(judged[judge], judged["ended"], strict=True)]
 
 
 def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, float]:
@@ -352,12 +361,15 @@ def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, fl
 
 
 def quality_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"{'policy':12}{'KL':>9}{'judge A':>10}{'judge B':>10}{'B over SFT (95%)':>22}{'tokens':>9}{'ended':>8}"]
+    lines = [
+        f"{'policy':12}{'KL':>9}{'judge A':>10}{'judge B':>10}{'B over SFT (95%)':>22}{'unpenalised':>13}{'tokens':>9}"
+        f"{'ended':>8}"
+    ]
     for label, row in rows.items():
         low, high = row["gain"]
         lines.append(
             f"{label:12}{row['kl']:>9.2f}{row['trained_on']:>10.3f}{row['score']:>10.3f}"
-            f"{f'{low:+.3f} … {high:+.3f}':>22}{row['length']:>9.1f}{row['ended']:>8.0%}"
+            f"{f'{low:+.3f} … {high:+.3f}':>22}{row['unpenalised']:>+13.3f}{row['length']:>9.1f}{row['ended']:>8.0%}"
         )
     return lines
 

@@ -19,9 +19,17 @@ def test_the_tables_by_hand() -> None:
     row = {"generation": 4.0, "rewards": 1.0, "scoring": 2.0, "updates": 3.0, "algorithm": "ppo", "rollout": "vllm"}
     assert rlhf.time_table([row])[1].split() == ["ppo", "vllm", "4.0", "1.0", "2.0", "3.0", "10.0"]
     policy = {"kl": 1.5, "score": 0.2, "trained_on": 0.4, "gain": (-0.1, 0.3), "length": 20.0, "ended": 0.5}
+    policy["unpenalised"] = 0.05
     assert rlhf.quality_table({"PPO": policy})[1].split() == (
-        ["PPO", "1.50", "0.400", "0.200", "-0.100", "…", "+0.300", "20.0", "50%"]
+        ["PPO", "1.50", "0.400", "0.200", "-0.100", "…", "+0.300", "+0.050", "20.0", "50%"]
     )
+
+
+def test_scores_are_rewards_as_in_training() -> None:
+    """Of two completions that do not end half the penalty is taken if one does, all of it if none does."""
+    judged = {"b": [1.0, 2.0, 3.0], "ended": [1.0, 0.5, 0.0]}
+    assert rlhf.rewards(judged, "b", 2.0) == [1.0, 1.0, 1.0]
+    assert rlhf.rewards(judged, "b", 0.0) == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.slow
