@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	# vLLM brings torchvision and its kin; builds that do not match torch break `import transformers`. Nothing needs them.
 	@for package in torchvision torchaudio torchcodec; do \
 	  $(PY) -c "import $$package" >/dev/null 2>&1 || $(PY) -m pip uninstall --quiet --yes $$package; done
-	@$(PY) -c 'import lightning, transformers, peft, gradio, vllm'
+	@$(PY) -c 'import lit_ft.models, lightning, transformers, peft, gradio, vllm'
 	@touch $@
 	@echo "── installing took $$(( $$(date +%s) - $$(stat -c %Y $(VENV)/.begun) )) s" >&2
 
