@@ -51,6 +51,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "mix": ("data.mix=[{{path: {unfiltered}, weight: 0.5}}]",),
     "replay=self": ("replay=self",),
     "kl_coef=0.3": ("algorithm.kl_coef=0.3",),
+    "kl_coef=0.6": ("algorithm.kl_coef=0.6",),
     "kl_coef=1": ("algorithm.kl_coef=1",),
     "kl_coef=3": ("algorithm.kl_coef=3",),
     "kl_weight=1": ("trainer.kl_weight=1", "trainer.val_check_interval=0.25", "trainer.early_stopping=1"),
@@ -307,6 +308,8 @@ def lima(out: Path, options: argparse.Namespace) -> dict[str, list[dict[str, flo
             # A fifth of the rate of the desk's rows, whose answers are all of one kind.
             given += [f"data.path={path}", f"data.val_path={held_out}", "algorithm.learning_rate=2e-4"]
             given += [f"data.max_length={options.lima_length}", "data.overflow=truncate"]
+            # What is compared here is the loss on all of these rows, before and after, whatever --set may say.
+            given += ["data.max_val_rows=null", "trainer.validate_first=true"]
             command("lit_ft", given, options.jobs)
             folder = out / "adapters" / name / "v1"
             metrics = json.loads((folder / "card.json").read_text(encoding="utf-8"))["metrics"]

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preferences",
         default=str(SHARED / "preference_alpacaeval.jsonl"),
-        help="pairs of another source, a third of them held out; left out if the file is not there",
+        help="pairs of another source; left out if the file is not there",
     )
+    parser.add_argument("--folds", type=int, default=3, help="judges of that source, each on what it was not shown")
     parser.add_argument("--preference-length", type=int, default=512, help="longer ones of these are dropped")
     parser.add_argument("--judge-rate", type=float, default=2e-4)
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of PPO and GRPO")
+    parser.add_argument("--ppo", nargs="*", default=["algorithm.num_epochs=2"], help="further arguments of PPO's runs")
+    parser.add_argument("--grpo", nargs="*", default=[], help="further arguments of GRPO's runs")
     parser.add_argument("--dpo-rate", type=float, default=5e-5, help="learning rate of DPO")
     parser.add_argument(
         "--draws", type=int, default=2, help="completions per held-out prompt, when policies are judged"
     )
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="policies at once, for quality")
     parser.add_argument("--out", default="benchmarks/rlhf", help="where results are kept")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -138,7 +143,6 @@ def common(out: Path, options: argparse.Namespace, name: str, seed: int = 0) -> 
         f"seed={seed}",
         f"data.max_length={options.max_length}",
         "trainer.progress=false",
-        "logger=none",
     ]
 
 
@@ -158,38 +162,52 @@ def judges(out: Path, options: argparse.Namespace) -> None:
 
 
 def accuracies(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Per source of pairs: how often a judge is right on held-out ones, and how often the longer answer wins."""
-    sources = {"the desk's": ("judge-a", DATA / "heldout.jsonl", options.max_length)}
+    """Per source of pairs: how often a judge is right on held-out ones, and how often the longer answer wins.
+
+    The desk's held-out pairs are judged by A. Those of `--preferences` are dealt into `--folds` parts, and each part is
+    judged by a judge that was trained on the others, so that every pair is held out once.
+    """
+    sources = {"the desk's": [("judge-a", DATA / "heldout.jsonl", options.max_length)]}
     if Path(options.preferences).is_file():
-        train, held = (out / f"preferences-{part}.jsonl" for part in ("train", "heldout"))
         rows = Path(options.preferences).read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(rows)
-        for path, part in ((train, rows[len(rows) // 3 :]), (held, rows[: len(rows) // 3])):
-            path.write_text("\n".join(part) + "\n", encoding="utf-8")
-        one = [
-            "+experiment=reward",
-            *common(out, options, "judge-preferences"),
-            f"data.max_length={options.preference_length}",
-            "data.max_dropped=1",
-            f"data.path={train}",
-            f"data.val_path={held}",
-            f"algorithm.learning_rate={options.judge_rate}",
-        ]
-        published(out, "judge-preferences", one)
-        sources[Path(options.preferences).stem] = ("judge-preferences", held, options.preference_length)
+        folds = []
+        for fold in range(options.folds):
+            name = f"judge-preferences-{fold}"
+            train, held = (out / f"preferences-{part}-{fold}.jsonl" for part in ("train", "heldout"))
+            for path, chosen in ((train, False), (held, True)):
+                part = [row for k, row in enumerate(rows) if (k % options.folds == fold) is chosen]
+                path.write_text("\n".join(part) + "\n", encoding="utf-8")
+            one = [
+                "+experiment=reward",
+                *common(out, options, name),
+                f"data.max_length={options.preference_length}",
+                "data.max_dropped=1",
+                f"data.path={train}",
+                f"data.val_path={held}",
+                f"algorithm.learning_rate={options.judge_rate}",
+            ]
+            folds.append((name, one))
+            sources.setdefault(Path(options.preferences).stem, []).append((name, held, options.preference_length))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda fold: published(out, *fold, options.jobs), folds))
     found: dict[str, dict[str, Any]] = {}
-    for source, (name, path, length) in sources.items():
-        pairs = kept(
-            out / f"pairs-{name}.json",
-            lambda given=(name, path, length): child(  # type: ignore[misc]
-                "judge_pairs",
-                model=options.model,
-                adapters=str(out / "adapters"),
-                judge=f"{given[0]}@v1",
-                pairs=str(given[1]),
-                max_length=given[2],
-            ),
-        )
+    for source, judged in sources.items():
+        pairs: dict[str, list[float]] = {}
+        for name, path, length in judged:
+            one_fold = kept(
+                out / f"pairs-{name}.json",
+                lambda given=(name, path, length): child(  # type: ignore[misc]
+                    "judge_pairs",
+                    model=options.model,
+                    adapters=str(out / "adapters"),
+                    judge=f"{given[0]}@v1",
+                    pairs=str(given[1]),
+                    max_length=given[2],
+                ),
+            )
+            for key, values in one_fold.items():
+                pairs.setdefault(key, []).extend(values)
         found[source] = {"pairs": len(pairs["right"])} | {
             key: statistics.fmean(pairs[key]) for key in ("right", "tokens", "characters")
         }
@@ -219,26 +237,32 @@ def judges_table(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def published(out: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+def published(out: Path, name: str, overrides: Sequence[str], jobs: int = 1) -> dict[str, Any]:
     """The card of an adapter, which is trained if it is not there."""
     path = out / "adapters" / name / "v1" / "card.json"
     if not path.is_file():
         say(f"training {name}")
-        lit_ft(overrides)
+        lit_ft(overrides, jobs)
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def lit_ft(overrides: Sequence[str]) -> None:
+def lit_ft(overrides: Sequence[str], jobs: int = 1) -> None:
     command = [sys.executable, "-m", "lit_ft", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_of(jobs))
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
 
 
-def child(what: str, **given: Any) -> Any:
+def one_of(jobs: int) -> dict[str, str]:
+    """The environment of a process that runs beside others: its share of the processor's cores."""
+    cores = os.cpu_count() or 1
+    return {**os.environ, **({"OMP_NUM_THREADS": str(max(1, cores // jobs))} if jobs > 1 else {})}
+
+
+def child(what: str, jobs: int = 1, **given: Any) -> Any:
     """A function of `rlhf_run` in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.rlhf", "--child", what, json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_of(jobs))
     if done.returncode:
         raise SystemExit(f"{what} {given} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -259,7 +283,7 @@ def online(out: Path, options: argparse.Namespace, algorithm: str, name: str) ->
         f"algorithm.num_generations={each[1]}",
         f"data.batch_size={each[0]}",
         f"algorithm.learning_rate={options.rate}",
-        *(["algorithm.num_epochs=2"] if algorithm == "ppo" else []),
+        *getattr(options, algorithm),
     ]
 
 
@@ -297,30 +321,35 @@ def time_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def quality(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Of each policy its KL to the SFT policy, judge B's mean score, and its gain over SFT with a 95% interval."""
+    """Of each policy its KL to the SFT policy, judge B's mean score, and its gain over SFT with a 95% interval.
+
+    Policies are trained and judged `--jobs` at a time, once there is the SFT policy that all begin with.
+    """
     sft = ["+experiment=sft", *common(out, options, "policy"), f"data.max_rows={options.sft_rows}"]
-    published(out, "policy", [*sft, "data.max_val_rows=16"])
+    sft += ["data.max_val_rows=16"]
+    published(out, "policy", sft)
     from_sft = "start_from=policy@v1"
-    policies = {"SFT": "policy"}
+    runs = {"SFT": ("policy", sft)}
     for beta in options.betas:
         name = f"dpo-{beta:g}"
         given = ["+experiment=dpo", *common(out, options, name), from_sft, f"data.path={out / 'a.jsonl'}"]
         given += [f"data.val_path={DATA / 'heldout.jsonl'}", "data.max_val_rows=16", f"algorithm.beta={beta}"]
-        published(out, name, [*given, f"algorithm.learning_rate={options.dpo_rate}"])
-        policies[f"DPO β={beta:g}"] = name
+        runs[f"DPO β={beta:g}"] = (name, [*given, f"algorithm.learning_rate={options.dpo_rate}"])
     for algorithm in ("ppo", "grpo"):
         given = [*online(out, options, algorithm, algorithm), from_sft, f"trainer.max_steps={options.iterations}"]
         given += ["trainer.max_epochs=-1", "data.max_val_rows=0", "trainer.validate_first=false"]
-        published(out, algorithm, given)
-        policies[algorithm.upper()] = algorithm
-    judged = {
-        label: kept(
-            out / f"judged-{name}.json",
-            lambda name=name: child(  # type: ignore[misc]
+        runs[algorithm.upper()] = (algorithm, given)
+
+    def judged_policy(run: tuple[str, list[str]]) -> dict[str, Any]:
+        published(out, *run, options.jobs)
+        return kept(
+            out / f"judged-{run[0]}.json",
+            lambda: child(
                 "judge",
+                options.jobs,
                 model=options.model,
                 adapters=str(out / "adapters"),
-                policy=f"{name}@v1",
+                policy=f"{run[0]}@v1",
                 reference="policy@v1",
                 judges=["judge-a@v1", "judge-b@v1"],
                 prompts=str(DATA / "heldout.jsonl"),
@@ -330,8 +359,9 @@ def quality(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]
                 max_length=options.max_length,
             ),
         )
-        for label, name in policies.items()
-    }
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        judged = dict(zip(runs, pool.map(judged_policy, runs.values()), strict=True))
     penalty = options.missing_eos_penalty
     before = rewards(judged["SFT"], "judge-b@v1", penalty)
     return {

@@ -41,7 +41,7 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [sys.executable, "-m", "tests.benchmarks.rlhf", "--model", str(model), "--out", str(tmp_path / "out")]
     command += ["--pairs", "8", "--sft-rows", "8", "--iterations", "1", "--prompts", "4", "--max-new-tokens", "8"]
-    command += ["--preferences", str(tmp_path / "pairs.jsonl"), "--betas", "0.1", "--draws", "1"]
+    command += ["--preferences", str(tmp_path / "pairs.jsonl"), "--betas", "0.1", "--draws", "1", "--folds", "2"]
     command += ["--rollouts", "transformers", "--max-length", "2048"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr[-3000:]
@@ -53,8 +53,9 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert set(quality) == {"SFT", "DPO β=0.1", "PPO", "GRPO"}
     assert quality["SFT"]["kl"] == pytest.approx(0, abs=1e-5) and quality["SFT"]["gain"] == [0.0, 0.0]
     pairs = found["judges"]["pairs"]
-    held = [json.loads(line) for line in (tmp_path / "out" / "preferences-heldout.jsonl").read_text().splitlines()]
-    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in held) / 4
-    assert pairs["pairs"] == len(held) == 4 and 0 < pairs["tokens"] == pairs["characters"] == longer < 1
+    parts = [(tmp_path / "out" / f"preferences-heldout-{fold}.jsonl").read_text().splitlines() for fold in range(2)]
+    assert [len(part) for part in parts] == [6, 6] and sorted(parts[0] + parts[1]) == sorted(map(json.dumps, rows))
+    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / 12
+    assert pairs["pairs"] == 12 and 0 < pairs["tokens"] == pairs["characters"] == longer < 1
     assert found["judges"]["the desk's"]["characters"] == 0.85
     assert (tmp_path / "out" / "reward_kl.svg").read_text().startswith("<svg")
