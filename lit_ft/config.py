@@ -298,11 +298,21 @@ class GRPOConfig(RolloutAlgorithmConfig):
     num_epochs: int = 1
     beta: float = 0.0
     """Of the KL to the reference, in the loss (DeepSeekMath: 0.04; TRL: 0)."""
+    use_bias_correction_kl: bool = True
+    """π/π_old weighs the KL's estimate, which makes it unbiased (DeepSeek-V3.2, arXiv:2512.02556; TRL's name)."""
     epsilon: float = 0.2
+    """How far the ratio may leave 1 (DeepSeekMath, TRL: 0.2)."""
     epsilon_high: float | None = None
     """The upper end of the clip range; null: as the lower one (DAPO: 0.28)."""
     loss_type: GRPOLossType = GRPOLossType.dapo
+    """What the sum over tokens is divided by: the tokens of the step (`dapo`, arXiv:2503.14476; here `bnpo` as well),
+    each completion's own (`grpo`, DeepSeekMath), or max_new_tokens (`dr_grpo`, arXiv:2503.20783)."""
     scale_rewards: ScaleRewards = ScaleRewards.group
+    """Advantages are divided by the deviation of the prompt's group (DeepSeekMath), of the batch, or not at all
+    (Dr. GRPO)."""
+    mask_truncated_completions: bool = False
+    """Completions that did not end are left out of the loss (DAPO, TRL's name); their scores still count in the group's
+    mean."""
 
 
 @dataclass
@@ -314,6 +324,10 @@ class RolloutConfig:
     """vLLM's share of the GPU, which training needs as well."""
     retries: int = 2
     """How often an engine that died is started again in one iteration."""
+    start_timeout: float = 900.0
+    """Seconds until a start of vLLM counts as failed."""
+    request_timeout: float = 900.0
+    """Seconds without an answer after which vLLM counts as dead."""
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,9 @@ class Roles:
         files = read_judge(one.path, one.ref)
         put = put_judge(model, "value", files, one.ref)
         with torch.no_grad():
-            head.weight.copy_(put.weight / files.std)
-            head.bias.fill_(-files.mean / files.std)
+            # What its answers are worth: a negative weight makes a high score bad.
+            head.weight.copy_(put.weight / files.std * first.weight)
+            head.bias.fill_(-files.mean / files.std * first.weight)
         return head
 
 
@@ -202,6 +205,8 @@ def make_engine(
             max_lora_rank=adapt.lora_rank(model) or 16,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             retries=settings.retries,
+            start_timeout=settings.start_timeout,
+            request_timeout=settings.request_timeout,
             max_model_len=min(cfg.data.max_length + 1, context_length(model) or cfg.data.max_length + 1),
             **vllm,
         )
@@ -269,7 +274,7 @@ def online_module(
         "ptx_coef": algorithm.ptx_coef,
         "ptx_batch_size": algorithm.ptx_batch_size,
         "seed": cfg.seed,
-        "show": show_samples,
+        "show": partial(show_samples, keep=run / "samples.jsonl"),
     }
     if cfg.algorithm.kind is Algorithm.ppo:
         module: Any = PPOModule(
@@ -297,6 +302,8 @@ def online_module(
             epsilon_high=algorithm.epsilon_high,
             loss_type=algorithm.loss_type.value,
             scale_rewards=algorithm.scale_rewards.value,
+            use_bias_correction_kl=algorithm.use_bias_correction_kl,
+            mask_truncated_completions=algorithm.mask_truncated_completions,
             max_new_tokens=algorithm.max_new_tokens,
             **common,
         )
@@ -323,10 +330,24 @@ def _ptx_rows(cfg: Config, encoder: ChatEncoder) -> list[Example]:
     return prepared.examples
 
 
-def show_samples(samples: Sequence[tuple[str, str, float, bool]], most: int = 3, width: int = 200) -> None:
-    """A table of held-out completions: score, whether it ended, the question's end, the answer's beginning."""
+def show_samples(
+    samples: Sequence[tuple[str, str, float, bool]],
+    step: int,
+    most: int = 3,
+    width: int = 200,
+    keep: Path | None = None,
+) -> None:
+    """A table of held-out completions: score, whether it ended, the question's end, the answer's beginning.
+
+    All of them are added to the file `keep`, a line each and in full, with the `step` that they were made after.
+    """
     if not samples:
         return
+    if keep is not None:
+        names = ("prompt", "completion", "score", "ended")
+        rows = [{"step": step, **dict(zip(names, sample, strict=True))} for sample in samples]
+        with keep.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     say("samples    score  ended  completion")
     for prompt, completion, score, ended in samples[:most]:
         text = f"{_line(prompt, 60, tail=True)} ▸ {_line(completion, width)}"

@@ -103,7 +103,9 @@ def in_process(
     monkeypatch.setattr(
         Hydra,
         "get_mode",
-        lambda self, name, given: mode(self, name, given) if any("hydra.mode" in one for one in given) else None,
+        lambda self, config_name, overrides: (
+            mode(self, config_name, overrides) if any("hydra.mode" in one for one in overrides) else None
+        ),
     )
 
     def command(main: Callable[[], Any], started: str) -> Callable[..., Outcome]:

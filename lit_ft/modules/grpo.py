@@ -20,7 +20,9 @@ class GRPOModule(OnlineModule):
     Args:
         beta: weight of the KL to the reference in the loss.
         epsilon, epsilon_high: the clip range; None above is as below.
-        loss_type, scale_rewards: see `lit_ft.losses.grpo`.
+        loss_type, scale_rewards, use_bias_correction_kl: see `lit_ft.losses.grpo`.
+        mask_truncated_completions: leave those that did not end out of the loss, but not out of their group's mean
+            (DAPO, arXiv:2503.14476, section 3.4; TRL's name).
         max_new_tokens: the length that `dr_grpo` divides by.
         online: arguments of `OnlineModule`.
     """
@@ -36,6 +38,8 @@ class GRPOModule(OnlineModule):
         epsilon_high: float | None = None,
         loss_type: GRPOLossType = "dapo",
         scale_rewards: RewardScale = "group",
+        use_bias_correction_kl: bool = True,
+        mask_truncated_completions: bool = False,
         max_new_tokens: int = 64,
         **online: Any,
     ) -> None:
@@ -45,11 +49,13 @@ class GRPOModule(OnlineModule):
                 f"algorithm.num_generations={num_generations}: GRPO compares the completions of a prompt, so it needs "
                 "at least 2 of them."
             )
-        if beta < 0 or not epsilon > 0 or (epsilon_high is not None and not epsilon_high > 0):
+        if not beta >= 0 or not epsilon > 0 or (epsilon_high is not None and not epsilon_high > 0):
             raise UserError("algorithm.beta must not be below 0, and algorithm.epsilon and epsilon_high be above 0.")
         self.beta, self.epsilon, self.epsilon_high = beta, epsilon, epsilon_high
         self.loss_type: GRPOLossType = loss_type
         self.scale_rewards: RewardScale = scale_rewards
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.mask_truncated_completions = mask_truncated_completions
         self.max_new_tokens = max_new_tokens
 
     def targets(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -57,7 +63,10 @@ class GRPOModule(OnlineModule):
         advantages = group_advantages(scores, rows.completions_per_example, self.scale_rewards)
         groups = scores.split(rows.completions_per_example.tolist())
         same = sum(float(group.max() - group.min()) < 1e-6 for group in groups) / len(groups)
-        return {"advantages": advantages, "reference": rows.reference}, {"frac_reward_zero_std": same}
+        found = {"advantages": advantages, "reference": rows.reference}
+        if self.mask_truncated_completions:
+            found["mask"] = rows.mask & rows.ended[:, None]
+        return found, {"frac_reward_zero_std": same}
 
     def loss(
         self, logps: Tensor, values: Tensor | None, old: Mapping[str, Tensor], totals: Mapping[str, int]
@@ -73,6 +82,7 @@ class GRPOModule(OnlineModule):
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
             beta=self.beta,
+            use_bias_correction_kl=self.use_bias_correction_kl,
             loss_type=self.loss_type,
             max_completion_length=self.max_new_tokens,
         )

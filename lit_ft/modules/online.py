@@ -28,11 +28,15 @@ from lit_ft.models.roles import using
 from lit_ft.models.score import score_gathered, score_with_entropy
 from lit_ft.modules.base import FineTuneModule, Step
 from lit_ft.modules.experience import Experience, Rows, dealt, rows_of
-from lit_ft.progress import Progress
+from lit_ft.progress import Progress, say
 from lit_ft.rewards.base import Reward, Sample
 from lit_ft.rollouts.base import Rollout, RolloutEngine
 
 Sums = dict[str, Tensor]
+
+# Nats per token between the engine's log-probabilities and the trainer's that no rounding explains: bf16 beside float32
+# is 0.01 to 0.05 away.
+OTHER_POLICY = 0.2
 
 
 class OnlineModule(FineTuneModule):
@@ -61,7 +65,7 @@ class OnlineModule(FineTuneModule):
             (InstructGPT's eq. 2).
         max_tokens, layout, pad_id: how batches are made.
         seed: of sampling and shuffling.
-        show: is given a table of held-out samples at every validation.
+        show: is given the held-out samples of every validation, and the step.
         optimizer: arguments of `FineTuneModule`.
     """
 
@@ -94,7 +98,7 @@ class OnlineModule(FineTuneModule):
         layout: Layout = "packed",
         pad_id: int = 0,
         seed: int = 0,
-        show: Callable[[Sequence[tuple[str, str, float, bool]]], None] = lambda samples: None,
+        show: Callable[[Sequence[tuple[str, str, float, bool]], int], None] = lambda samples, step: None,
         **optimizer: Any,
     ) -> None:
         super().__init__(model, **optimizer)
@@ -107,11 +111,13 @@ class OnlineModule(FineTuneModule):
                 raise UserError(f"algorithm.{key}={value} must be at least 1.")
         if not temperature > 0:
             raise UserError(f"algorithm.temperature={temperature} must be above 0: completions have to differ.")
+        if ptx_batch_size < 1:
+            raise UserError(f"algorithm.ptx_batch_size={ptx_batch_size} must be at least 1; ptx_coef=0 leaves ptx out.")
         if missing_eos_penalty is not None and not missing_eos_penalty >= 0:
             raise UserError(
                 f"algorithm.missing_eos_penalty={missing_eos_penalty} is taken from a score, so it must be at least 0."
             )
-        if ptx_coef < 0 or (ptx_coef > 0 and not ptx):
+        if not ptx_coef >= 0 or (ptx_coef > 0 and not ptx):
             raise UserError(f"algorithm.ptx_coef={ptx_coef} needs rows in algorithm.ptx_path, and is not negative.")
         self.engine, self.reward, self.judge = engine, reward, judge
         self.decode, self.ask, self.show = decode, ask, show
@@ -126,6 +132,8 @@ class OnlineModule(FineTuneModule):
         self._held_out: list[Experience] = []
         self._judged: list[float] = []
         self._shown: list[tuple[str, str, float, bool]] = []
+        # Of an iteration's tokens: how far the engine's log-probabilities are from the trainer's, in nats.
+        self._from_engine: list[Tensor] = []
         # Seconds of the last iteration, by what they were spent on.
         self.seconds: dict[str, float] = {}
 
@@ -133,7 +141,10 @@ class OnlineModule(FineTuneModule):
 
     @abstractmethod
     def targets(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the loss needs of every completion, each `(C, …)`, and metrics of the iteration."""
+        """What the loss needs of every completion, each `(C, …)`, and metrics of the iteration.
+
+        A `mask` `(C, T)` among them says which tokens count; without one all do.
+        """
 
     @abstractmethod
     def loss(
@@ -163,17 +174,18 @@ class OnlineModule(FineTuneModule):
 
     def training_step(self, prompts: Prompts, _: int) -> None:  # type: ignore[override]
         """One iteration."""
-        self.seconds = {}
+        self.seconds, self._from_engine = {}, []
         mine = together(partial(self._collect, prompts, ("train", self.global_step), self.num_generations))
         experience = dealt(gathered(mine))
         rows = rows_of(experience)
         targets, metrics = self.targets(rows)
-        targets |= {"mask": rows.mask, "logps": rows.logps}
+        targets = {"mask": rows.mask, "logps": rows.logps, **targets}
         with self._timed("updates"):
             metrics |= self._update(experience, rows, targets)
         self._engine_has_policy = False
         self.after_iteration(rows)
-        metrics |= {**self.described(rows, experience), "num_tokens": float(self.num_tokens)}
+        metrics |= self._engine_metrics()
+        metrics |= {**self.described(rows, experience, self.kl_weight), "num_tokens": float(self.num_tokens)}
         metrics |= {f"seconds/{key}": value for key, value in self.seconds.items()}
         self.log_dict({f"train/{key}": float(value) for key, value in metrics.items()})
 
@@ -212,6 +224,9 @@ class OnlineModule(FineTuneModule):
         ]
         with self._timed("scoring"):
             known = self._score(made)
+        for (_, rollout), (logps, *_) in zip(flat, known, strict=True):
+            if rollout.logps is not None:
+                self._from_engine.append((torch.tensor(rollout.logps) - logps).abs())
         found, at = [], 0
         for example in made:
             here = slice(at, at + len(example.completions))
@@ -317,10 +332,12 @@ class OnlineModule(FineTuneModule):
         optimizer.zero_grad()
         examples = [experience[k].example for k in chosen]
         every = [row for k in chosen for row in range(rows.first[k], rows.first[k] + len(experience[k].scores))]
-        totals = {"completions": len(every), "tokens": int(rows.lengths[every].sum())}
+        # Divided by, even if no token of any process counts.
+        totals = {"completions": len(every), "tokens": max(1, int(targets["mask"][every].sum()))}
         parts, members = divided(examples, self.max_tokens, self.layout)
         mine = share_by_tokens(parts, self._replicas())[self._replica()]
         sums: dict[str, Tensor] = {}
+        apart: list[Tensor] = []
         tokens = 0
         for group in split_by_tokens(mine, self.max_tokens, self.layout) if mine else []:
             batch = lay_out(group, self.layout, self.pad_id).to(self.device)
@@ -333,11 +350,14 @@ class OnlineModule(FineTuneModule):
                 flat = score_gathered(self.model, batch, self.temperature).logprobs
                 logps = rows_by_completion(flat, batch.target_completion, batch.completion_lengths)
                 if number == (0, 0):
-                    self._must_be_on_policy(logps.detach(), old)
+                    apart.append((logps.detach() - old["logps"]).abs()[old["mask"]].cpu())
                 found = self._backward(batch, logps, old, totals)
             tokens += batch.tokens
             for key, value in found.items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value.detach()
+        if number == (0, 0):
+            # Before anything has changed. In all processes at once: the others would wait for one that stops.
+            together(lambda: self._must_be_on_policy(torch.cat(apart) if apart else torch.zeros(1)))
         if self.ptx_coef:
             sums["loss/ptx"] = self._ptx(number)
         self._exchange()
@@ -384,11 +404,13 @@ class OnlineModule(FineTuneModule):
             loss = loss + one.detach()
         return loss
 
-    def _must_be_on_policy(self, logps: Tensor, old: Mapping[str, Tensor]) -> None:
-        """Raise UserError unless the policy still gives the log-probabilities that were taken when it sampled."""
-        mixed = torch.is_autocast_enabled(logps.device.type)
+    def _must_be_on_policy(self, apart: Tensor) -> None:
+        """Raise UserError unless the policy still gives the log-probabilities that were taken when it sampled.
+
+        `apart` `(N,)`: by how many nats each token's differs.
+        """
+        mixed = torch.is_autocast_enabled(self.device.type)
         # Rounding depends on how rows were grouped; bf16 keeps 8 bits of every hidden state.
-        apart = (logps - old["logps"]).abs()[old["mask"]]
         if not bool((apart <= (0.5 if mixed else 0.02)).all()) or float(apart.mean()) > (0.05 if mixed else 0.002):
             raise UserError(
                 f"Before the first update of iteration {self.global_step + 1} the policy is not the one that its "
@@ -399,8 +421,24 @@ class OnlineModule(FineTuneModule):
 
     # Metrics.
 
-    def described(self, rows: Rows, experience: Sequence[Experience]) -> dict[str, float]:
-        """The iteration's metrics under TRL's names."""
+    def _engine_metrics(self) -> dict[str, float]:
+        """TRL's `sampling/sampling_logp_difference`, if the engine says what it drew with; a warning if it is large."""
+        apart = torch.cat(self._from_engine) if self._from_engine else torch.zeros(0)
+        parts = gathered((float(apart.sum()), len(apart), float(apart.max()) if len(apart) else 0.0))
+        total, count, greatest = sum(p[0] for p in parts), sum(p[1] for p in parts), max(p[2] for p in parts)
+        if not count:
+            return {}
+        mean = total / count
+        if mean > OTHER_POLICY and self._rank() == 0:
+            say(
+                f"Iteration {self.global_step + 1}: completions were drawn from something {mean:.2f} nats a token away "
+                "from the policy. Either the engine computes in a coarser precision, or it has not got the policy as "
+                "it is now. rollout=transformers shows which."
+            )
+        return {"sampling/sampling_logp_difference/mean": mean, "sampling/sampling_logp_difference/max": greatest}
+
+    def described(self, rows: Rows, experience: Sequence[Experience], beta: float) -> dict[str, float]:
+        """Metrics of an iteration, or of held-out prompts, under TRL's names; `beta` is what a nat of KL costs."""
         lengths = rows.lengths.float()
         per_token = kl_estimate(rows.logps, rows.reference)
         kl = (per_token * rows.mask).sum(1)
@@ -421,7 +459,7 @@ class OnlineModule(FineTuneModule):
                 given = [value for one in experience for value in one.parts[name]]
                 found[f"rewards/{name}"] = torch.tensor(given).mean()
         estimate = kl_estimate(rows.logps, rows.reference, self.kl_estimator)
-        penalty = self.kl_weight * (estimate * rows.mask).sum(1).mean()
+        penalty = beta * (estimate * rows.mask).sum(1).mean()
         found["objective/non_score_reward"] = -penalty
         found["objective/rlhf_reward"] = scores.mean() - penalty
         return {key: float(value) for key, value in found.items()}
@@ -430,6 +468,11 @@ class OnlineModule(FineTuneModule):
     @abstractmethod
     def kl_weight(self) -> float:
         """β, as it is now: what a nat of a completion's KL takes from its score."""
+
+    @property
+    def first_kl_weight(self) -> float:
+        """β, as it was set."""
+        return self.kl_weight
 
     # Held-out prompts: always the same draws, so that validations differ by the policy alone.
 
@@ -445,14 +488,15 @@ class OnlineModule(FineTuneModule):
         """Log `eval/NAME`, and show samples."""
         experience = dealt(gathered(self._held_out))
         judged = [value for part in gathered(self._judged) for value in part]
-        found = self.described(rows_of(experience), experience)
+        # With the β that the run began with: checkpoints are compared by this, and an adapted one would move meanwhile.
+        found = self.described(rows_of(experience), experience, self.first_kl_weight)
         if judged:
             values = torch.tensor(judged)
             found["judge/scores"] = float(values.mean())
             found["judge/scores_sem"] = float(values.std() / len(judged) ** 0.5) if len(judged) > 1 else 0.0
         found["loss"] = -found["objective/rlhf_reward"]
         self.log_dict({f"eval/{key}": value for key, value in found.items()})
-        self.show(self._shown)
+        self.show(self._shown, self.global_step)
         self._held_out, self._judged, self._shown = [], [], []
         self.validated_at = self.global_step
 

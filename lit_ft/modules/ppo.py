@@ -72,7 +72,7 @@ class PPOModule(OnlineModule):
         super().__init__(model, **online)
         self.value_head = value_head
         for key, value, most in (("gamma", gamma, 1), ("lam", lam, 1), ("vf_coef", vf_coef, None)):
-            if value < 0 or (most is not None and value > most):
+            if not (value >= 0 and (most is None or value <= most)):  # NaN is not
                 upto = f" and at most {most}" if most is not None else ""
                 raise UserError(f"algorithm.{key}={value} must be at least 0{upto}.")
         for key, value in (("cliprange", cliprange), ("cliprange_value", cliprange_value)):
@@ -83,7 +83,7 @@ class PPOModule(OnlineModule):
             self.kl = FixedKL(kl_coef) if kl_target is None else AdaptiveKL(kl_coef, kl_target, kl_horizon)
         except ValueError as error:
             raise UserError(f"algorithm.kl_coef, kl_target, kl_horizon: {error}.") from error
-        self.kl_estimator = kl_estimator
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
         self.gamma, self.lam = gamma, lam
         self.cliprange, self.cliprange_value, self.vf_coef = cliprange, cliprange_value, vf_coef
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
@@ -143,6 +143,10 @@ class PPOModule(OnlineModule):
     @property
     def kl_weight(self) -> float:
         return self.kl.coef
+
+    @property
+    def first_kl_weight(self) -> float:
+        return self.kl_coef
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

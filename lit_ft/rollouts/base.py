@@ -56,14 +56,22 @@ class Rollout:
         prompt: what was completed.
         completion: at least one token; cut at, and including, its first stop token.
         ended: whether a stop token ended it, and not the limit of tokens.
+        logps: the log-probabilities that the engine says it drew the completion's tokens with, or None. Never trained
+            on: they show whether the engine has the policy that the trainer has.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     ended: bool
+    logps: tuple[float, ...] | None = None
 
 
-def as_rollout(prompt: tuple[int, ...], generated: Iterable[int], sampling: Sampling) -> Rollout:
+def as_rollout(
+    prompt: tuple[int, ...],
+    generated: Iterable[int],
+    sampling: Sampling,
+    logps: Sequence[float] | None = None,
+) -> Rollout:
     """Cut what an engine generated, where it may have gone on (or padded) after the first stop token.
 
     By position and not by looking for pads: many models pad with the token that ends a text.
@@ -75,7 +83,9 @@ def as_rollout(prompt: tuple[int, ...], generated: Iterable[int], sampling: Samp
     if not tokens:
         raise ValueError("an engine generated no token at all")
     first = next((k for k, token in enumerate(tokens) if token in sampling.stop_ids), None)
-    return Rollout(prompt, tokens if first is None else tokens[: first + 1], first is not None)
+    kept = tokens if first is None else tokens[: first + 1]
+    known = None if logps is None or len(logps) < len(kept) else tuple(logps[: len(kept)])
+    return Rollout(prompt, kept, first is not None, known)
 
 
 def check_prompts(prompts: Iterable[tuple[int, ...]], n: int, sampling: Sampling, context: int | None) -> None:

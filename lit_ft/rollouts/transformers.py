@@ -44,7 +44,7 @@ class TransformersRollouts(RolloutEngine):
         if is_sharded(model):
             raise UserError(
                 "rollout=transformers generates with weights that are whole on each device, and this model is sharded "
-                "over several. Use rollout=vllm, or a strategy that does not shard (trainer.strategy=ddp)."
+                "over several. Use a strategy that does not shard, strategy=ddp."
             )
         self._model, self._sampling, self._pad_id = model, sampling, pad_id
         self._max_tokens, self._autocast = max_tokens, autocast

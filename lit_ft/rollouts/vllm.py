@@ -68,9 +68,10 @@ def start_engine(
     # The one place where training asks serving for something; `serve` stays optional.
     from serve.engine import Engine, on_cpu
 
-    more: dict[str, Any] = {}
+    # What tokens were drawn with, temperature and all, and not the logits' own softmax.
+    more: dict[str, Any] = {"arguments": ("--logprobs-mode", "processed_logprobs")}
     if not on_cpu():
-        more["arguments"] = ("--gpu-memory-utilization", str(gpu_memory_utilization))
+        more["arguments"] += ("--gpu-memory-utilization", str(gpu_memory_utilization))
     elif threads is not None:
         more["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     engine = Engine(
@@ -149,6 +150,11 @@ class VllmRollouts(RolloutEngine):
                 f"rollout=vllm draws at a temperature of {LOWEST_TEMPERATURE} at least, and algorithm.temperature is "
                 f"{sampling.temperature}: raise it, or use rollout=transformers."
             )
+        if retries < 0:
+            raise UserError(f"rollout.retries={retries} must be at least 0.")
+        for key, value in (("start_timeout", start_timeout), ("request_timeout", request_timeout)):
+            if not value > 0:
+                raise UserError(f"rollout.{key}={value} must be above 0 seconds.")
         self._write_adapter, self._sampling, self._context = write_adapter, sampling, max_model_len
         self._folder, self._request_timeout = Path(folder).absolute(), request_timeout
         self._log = self._folder / "vllm.log"
@@ -317,6 +323,7 @@ class VllmRollouts(RolloutEngine):
             "ignore_eos": True,
             "skip_special_tokens": False,
             "return_token_ids": True,
+            "logprobs": 0,  # of the drawn tokens alone
         }
 
     def _rollout(self, prompt: tuple[int, ...], choice: dict[str, Any]) -> Rollout:
@@ -335,7 +342,8 @@ class VllmRollouts(RolloutEngine):
         # Of a version that leaves the stop token out.
         if why == "stop" and stopped in self._sampling.stop_ids and tokens[-1:] != [stopped]:
             tokens = [*tokens, stopped]
-        rollout = as_rollout(prompt, tokens, self._sampling) if tokens else None
+        logps = (choice.get("logprobs") or {}).get("token_logprobs")
+        rollout = as_rollout(prompt, tokens, self._sampling, logps) if tokens else None
         if rollout is None or not (rollout.ended or len(rollout.completion) == self._sampling.max_new_tokens):
             raise _RefusedError(
                 f"it ended an answer after {len(tokens)} of {self._sampling.max_new_tokens} tokens without one of the "

@@ -228,6 +228,24 @@ def child(what: str, options: argparse.Namespace, **given: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def must_be_as_before(out: Path, options: argparse.Namespace, but: Iterable[str]) -> None:
+    """Results in `out` are taken up again, so they must be of these options; those named `but` decide none of them.
+
+    Raises:
+        SystemExit: they are of others.
+    """
+    path = out / "options.json"
+    given = {key: value for key, value in sorted(vars(options).items()) if key not in but}
+    before = kept(path, lambda: given)
+    changed = [key for key, value in json.loads(json.dumps(given)).items() if before.get(key) != value]
+    if changed:
+        name = changed[0]
+        raise SystemExit(
+            f"{out} holds results of --{name.replace('_', '-')} {before.get(name)}, and now it is {given[name]}: give "
+            "another --out, or delete that folder."
+        )
+
+
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """What `path` holds; made and written if it is not there."""
     if not path.is_file():

@@ -33,7 +33,7 @@ from typing import Any
 
 from lit_ft.adapter import REPORT
 from lit_ft.progress import Progress
-from tests.benchmarks.adapters import SHARED, kept, mean, spread
+from tests.benchmarks.adapters import SHARED, kept, mean, must_be_as_before, spread
 from tests.benchmarks.scatter import scatter
 
 PLAIN = "LoRA r=16"
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    must_be_as_before(out, options, but=("only", "methods", "seeds", "jobs", "out"))
     split_general(out, options)
     found: dict[str, Any] = {}
     reached = True

@@ -9,7 +9,7 @@ often judges are right on held-out pairs, beside "the longer answer wins", for t
 and everything is scored by judge B, which was trained on other pairs, on prompts that nobody was trained on; intervals
 by bootstrap, paired by prompt; a plot of B's score against the KL to the SFT adapter. Scores are rewards as in
 training: less `--missing-eos-penalty` for each completion that does not end, since a judge has only seen answers that
-do.
+do; beside it, what judge B alone says of them.
 
 Runs are those of `python -m lit_ft`, each in a process of its own. What lies in `--out` is not run again.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.progress import say
-from tests.benchmarks.adapters import SHARED, kept
+from tests.benchmarks.adapters import SHARED, kept, must_be_as_before
 from tests.benchmarks.scatter import scatter
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "support_preferences"
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    must_be_as_before(out, options, but=("only", "out", "jobs", "child", "rollouts", "betas"))
     make_halves(out, options.pairs)
     found: dict[str, Any] = {}
     judges(out, options)
@@ -370,7 +371,7 @@ def quality(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]
             "score": statistics.fmean(rewards(one, "judge-b@v1", penalty)),
             "trained_on": statistics.fmean(rewards(one, "judge-a@v1", penalty)),
             "gain": interval([a - b for a, b in zip(rewards(one, "judge-b@v1", penalty), before, strict=True)]),
-            "unpenalised": statistics.fmean(one["judge-b@v1"]) - statistics.fmean(judged["SFT"]["judge-b@v1"]),
+            "alone": interval([a - b for a, b in zip(one["judge-b@v1"], judged["SFT"]["judge-b@v1"], strict=True)]),
             "length": statistics.fmean(one["length"]),
             "ended": statistics.fmean(one["ended"]),
         }
@@ -392,14 +393,14 @@ def interval(differences: Sequence[float], draws: int = 4000) -> tuple[float, fl
 
 def quality_table(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        f"{'policy':12}{'KL':>9}{'judge A':>10}{'judge B':>10}{'B over SFT (95%)':>22}{'unpenalised':>13}{'tokens':>9}"
-        f"{'ended':>8}"
+        f"{'policy':12}{'KL':>9}{'judge A':>10}{'judge B':>10}{'B over SFT (95%)':>22}{'B alone (95%)':>22}"
+        f"{'tokens':>9}{'ended':>8}"
     ]
     for label, row in rows.items():
-        low, high = row["gain"]
+        gain, alone = (f"{low:+.3f} … {high:+.3f}" for low, high in (row["gain"], row["alone"]))
         lines.append(
             f"{label:12}{row['kl']:>9.2f}{row['trained_on']:>10.3f}{row['score']:>10.3f}"
-            f"{f'{low:+.3f} … {high:+.3f}':>22}{row['unpenalised']:>+13.3f}{row['length']:>9.1f}{row['ended']:>8.0%}"
+            f"{gain:>22}{alone:>22}{row['length']:>9.1f}{row['ended']:>8.0%}"
         )
     return lines
 

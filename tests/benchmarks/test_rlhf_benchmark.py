@@ -19,9 +19,9 @@ def test_the_tables_by_hand() -> None:
     row = {"generation": 4.0, "rewards": 1.0, "scoring": 2.0, "updates": 3.0, "algorithm": "ppo", "rollout": "vllm"}
     assert rlhf.time_table([row])[1].split() == ["ppo", "vllm", "4.0", "1.0", "2.0", "3.0", "10.0"]
     policy = {"kl": 1.5, "score": 0.2, "trained_on": 0.4, "gain": (-0.1, 0.3), "length": 20.0, "ended": 0.5}
-    policy["unpenalised"] = 0.05
+    policy["alone"] = (0.05, 0.25)
     assert rlhf.quality_table({"PPO": policy})[1].split() == (
-        ["PPO", "1.50", "0.400", "0.200", "-0.100", "…", "+0.300", "+0.050", "20.0", "50%"]
+        ["PPO", "1.50", "0.400", "0.200", "-0.100", "…", "+0.300", "+0.050", "…", "+0.250", "20.0", "50%"]
     )
 
 
@@ -30,6 +30,14 @@ def test_scores_are_rewards_as_in_training() -> None:
     judged = {"b": [1.0, 2.0, 3.0], "ended": [1.0, 0.5, 0.0]}
     assert rlhf.rewards(judged, "b", 2.0) == [1.0, 1.0, 1.0]
     assert rlhf.rewards(judged, "b", 0.0) == [1.0, 2.0, 3.0]
+
+
+def test_results_of_other_options_are_not_taken_up(tmp_path: Path) -> None:
+    options = rlhf.parse(["--pairs", "8", "--betas", "0.1", "--out", str(tmp_path)])
+    rlhf.must_be_as_before(tmp_path, options, but=("out", "jobs"))
+    rlhf.must_be_as_before(tmp_path, rlhf.parse(["--pairs", "8", "--betas", "0.1", "--jobs", "9"]), but=("out", "jobs"))
+    with pytest.raises(SystemExit, match=r"results of --pairs 8, and now it is 9: give another --out"):
+        rlhf.must_be_as_before(tmp_path, rlhf.parse(["--pairs", "9", "--betas", "0.1"]), but=("out", "jobs"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ class Scripted(RolloutEngine):
         prompts: Sequence[tuple[int, ...]],
         n: int,
         seed: int,
-        progress: Callable[[int], None] = print,
+        progress: Callable[[int], None] = lambda done: None,
         places: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         self.seeds.append(seed)
+        progress(len(prompts) * n)
         return [[self._one(prompt, k) for k in range(n)] for prompt in prompts]
 
     def _one(self, prompt: tuple[int, ...], k: int) -> Rollout:
@@ -548,6 +550,95 @@ def test_grpo_is_what_plain_loops_make_of_it(loss_type: str) -> None:
     assert_near(weights(module), theirs, tolerance=1e-4)
 
 
+def test_completions_that_did_not_end_can_be_left_out_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: their tokens are none of those that the loss sums and divides by; their scores count in the mean."""
+    from lit_ft.modules import grpo
+
+    given: list[dict[str, Any]] = []
+    loss = grpo.grpo_loss
+
+    def spy(*args: Any, **named: Any) -> Any:
+        given.append({"advantages": args[3], "mask": args[4], **named})
+        return loss(*args, **named)
+
+    monkeypatch.setattr(grpo, "grpo_loss", spy)
+    examples = prompts(4)
+    settings: dict[str, Any] = {"trained": True, "num_generations": 3, "max_tokens": 10_000}
+    made = samples_of(examples, 3)
+    ended = [one.ended for _, one in made]
+    assert 0 < sum(ended) < len(ended)
+    for masked in (False, True):
+        fit(online("grpo", mask_truncated_completions=masked, **settings), examples)
+    everything, some = given
+    lengths = [len(one.completion) for _, one in made]
+    assert everything["total_tokens"] == sum(lengths) == int(everything["mask"].sum())
+    left = sum(length for length, end in zip(lengths, ended, strict=True) if end)
+    assert some["total_tokens"] == left == int(some["mask"].sum()) < sum(lengths)
+    assert torch.equal(some["advantages"].sort().values, everything["advantages"].sort().values)
+    assert some["total_completions"] == everything["total_completions"] == 12
+
+
+def test_an_iteration_in_which_nothing_ended_changes_nothing() -> None:
+    class Endless(Scripted):
+        def _one(self, prompt: tuple[int, ...], k: int) -> Rollout:
+            return Rollout(prompt, (5 + k, 6), False)
+
+    module = online("grpo", mask_truncated_completions=True, engine=Endless(), weight_decay=0.0)
+    before = {name: value.clone() for name, value in weights(module).items()}
+    fit(module, prompts(4))
+    assert_near(weights(module), before, tolerance=0)
+
+
+def test_what_the_engine_drew_with_is_compared_with_the_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine that is behind by a policy is told of; its log-probabilities are never trained on."""
+
+    class Saying(Scripted):
+        def __init__(self, module_of: Callable[[], Any], off: float) -> None:
+            super().__init__()
+            self.module_of, self.off = module_of, off
+
+        def generate(self, prompts: Any, n: int, *more: Any, **named: Any) -> Any:
+            found = super().generate(prompts, n, *more, **named)
+            plain = Plain(self.module_of().model, None, 1.0)
+            with torch.no_grad():
+                return [
+                    [
+                        replace(one, logps=tuple(float(x) + self.off for x in plain.logps(one.prompt, one.completion)))
+                        for one in several
+                    ]
+                    for several in found
+                ]
+
+    after = []
+    for off in (0.0, 0.5):
+        module: Any = online("grpo", trained=True, engine=Saying(lambda: module, off))  # noqa: B023
+        (logged,) = fit(module, prompts(4)).logged
+        assert logged["sampling/sampling_logp_difference/mean"] == pytest.approx(off, abs=1e-3)
+        assert logged["sampling/sampling_logp_difference/max"] == pytest.approx(off, abs=1e-2)
+        said = capsys.readouterr().err
+        assert ("0.50 nats a token away from the policy" in said) is (off > 0)
+        after.append({name: value.clone() for name, value in weights(module).items()})
+    assert_near(after[0], after[1], tolerance=0)
+
+
+def test_validations_are_compared_by_one_kl_coefficient() -> None:
+    """β is adapted between them, or else the best checkpoint would be the one whose β happened to be small."""
+    module: Any = online(trained=True, kl_coef=0.1, kl_target=1e-4, kl_horizon=4, num_epochs=1)
+    seen = fit(module, prompts(8), steps=2, batch_size=4, val=prompts(3))
+    last = seen.held_out[-1]
+    assert abs(module.kl.coef - 0.1) > 0.01 and abs(last["objective/kl"]) > 1e-3
+    assert last["objective/non_score_reward"] == pytest.approx(-0.1 * last["objective/kl"], rel=1e-5)
+
+
+def test_what_is_slow_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lit_ft import progress
+
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    fit(online("ppo", num_epochs=2, num_mini_batches=2), prompts(4))
+    said = capsys.readouterr().err
+    assert "completions 4/4 ·" in said and "updates 4/4 ·" in said and "scoring 4/4 ·" in said
+
+
 # What it learns, and what it must not.
 
 VOCABULARY = 32
@@ -614,11 +705,14 @@ def test_a_huge_kl_coefficient_holds_the_policy(kind: str, pull: dict[str, float
     )
     examples = prompts(4, VOCABULARY)
     before = first_probabilities(copy.deepcopy(held.model), examples)
-    moved = []
+    moved, apart = [], []
     for module in (held, free):
         fit(module, examples, steps=12)
-        moved.append(float((first_probabilities(module.model, examples) - before).abs().max()))
+        after = first_probabilities(module.model, examples)
+        moved.append(float((after - before).abs().max()))
+        apart.append(float((after * (after / before).log()).sum(1).max()))
     assert moved[0] < bound < 0.8 < moved[1], moved
+    assert 50 * apart[0] < apart[1], f"the exact KL of the first token, of the worst prompt: {apart}"
 
 
 # The KL coefficient, checkpoints, and the end.
@@ -761,7 +855,7 @@ def test_ptx_without_rows_is_refused() -> None:
 def test_a_judge_scores_held_out_completions_only() -> None:
     shown: list[Any] = []
     judge = Scored(lambda sample: 7.0 + len(sample.completion), "judge")
-    module: Any = online(judge=judge, show=shown.append, num_epochs=1)
+    module: Any = online(judge=judge, show=lambda samples, step: shown.append(samples), num_epochs=1)
     held_out = [Example((200 + k, 5), (), k) for k in range(3)]
     seen = fit(module, prompts(8), steps=2, batch_size=4, val=held_out)
     asked = {sample.prompt for samples in judge.asked for sample in samples}
@@ -837,6 +931,11 @@ def test_the_metrics_have_their_names(kind: str, more: set[str]) -> None:
         ("grpo", {"beta": -0.1}, "beta"),
         ("grpo", {"epsilon": 0.0}, "epsilon"),
         ("grpo", {"epsilon_high": -0.1}, "epsilon_high"),
+        ("ppo", {"ptx_batch_size": 0}, "ptx_batch_size=0.*at least 1"),
+        ("ppo", {"gamma": math.nan}, "gamma=nan"),
+        ("ppo", {"vf_coef": math.nan}, "vf_coef=nan"),
+        ("ppo", {"ptx_coef": math.nan}, "ptx_coef=nan"),
+        ("grpo", {"beta": math.nan}, "beta"),
     ],
     ids=str,
 )

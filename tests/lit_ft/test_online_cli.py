@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +29,13 @@ from lit_ft.models.resolve import model_fingerprint
 from lit_ft.modules.online import OnlineModule
 from lit_ft.rollouts.base import RolloutError
 from lit_ft.rollouts.transformers import TransformersRollouts
+from lit_ft.rollouts.vllm import VllmRollouts
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft import made
+from tests.lit_ft.test_rollouts_vllm import Died, StubEngine, Stubs, stubs  # noqa: F401
 from tests.processes import ROOT, run_together
+from tests.serve.test_engine import gone
 
 HERE = "tests.lit_ft.test_online_cli"
 FEW = (
@@ -411,3 +419,89 @@ def test_the_judge_that_is_for_held_out_completions_does_not_begin_the_value_mod
     publish_judge(Path("adapters"), llama_folder)
     outcome = run(LETTERS, "judge=judge", "algorithm.value_from=reward")
     assert "value_from=reward needs a judge among reward=" in refused(outcome)
+
+
+# Completions by vLLM, whose place a web server takes here; and by the real one.
+
+
+def test_each_policy_reaches_vllm_under_a_name_of_its_own(
+    run: Run,
+    stubs: Stubs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the command line: three iterations, with an engine that is lost in the second."""
+    versions: list[str] = []
+
+    def behave(engine: StubEngine, path: str, body: dict[str, Any], count: int) -> tuple[int, Any] | None:
+        if path == "/v1/load_lora_adapter":
+            assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
+            versions.append(body["lora_name"])
+            return 200, "Success: added."
+        if path == "/v1/unload_lora_adapter":
+            return 200, "Success: removed."
+        if body["model"] == "policy-000002" and len(stubs.engines) == 1:
+            raise Died
+        choices = [
+            {"index": k, "token_ids": [5, 6 + k, 7, 8], "finish_reason": "length", "stop_reason": None}
+            for k in range(body["n"])
+        ]
+        return 200, {"choices": choices}
+
+    stubs.behave = behave
+    monkeypatch.setattr("lit_ft.rollouts.vllm.VllmRollouts", partial(VllmRollouts, start=stubs.start))
+    outcome = run(LETTERS, "rollout=vllm", "trainer.validate_first=false", "data.max_val_rows=0", "rollout.retries=1")
+    assert outcome.code == 0, outcome.err
+    assert versions == ["policy-000001", "policy-000002", "policy-000002", "policy-000003"]
+    assert "vLLM failed while generating rollouts" in outcome.err and "Starting it again (1 of 1)" in outcome.err
+    asked_of = [body["model"] for body in stubs.of("completions")]
+    assert asked_of[:4] == ["policy-000001"] * 4 and asked_of[-4:] == ["policy-000003"] * 4
+    assert stubs.nothing_runs() and adapter.find(Path("adapters"), "support").card.algorithm == "ppo"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_vllm_that_is_killed_in_the_middle_of_training_is_started_again(tmp_path: Path, llama_folder: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    write_rows(tmp_path)
+    command = [sys.executable, "-m", "lit_ft", "+experiment=grpo", f"model.id={llama_folder}", *FEW]
+    command += [f"reward={HERE}:letters", "rollout=vllm", "algorithm.num_generations=2", "data.max_val_rows=0"]
+    command += ["trainer.validate_first=false", "trainer.max_steps=4", "logger=default", "trainer.log_every_n_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIT_FT_CACHE": str(tmp_path / "cache")}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [one for one in command if one != "logger=none"], cwd=tmp_path, env=environment, stdout=said, stderr=said
+        )
+        try:
+            killed = None
+            while process.poll() is None:
+                time.sleep(0.05)
+                if killed is None and list(tmp_path.glob("runs/*/*/rollouts/policy-000002")):
+                    # Its first process and what that one started: as the machine does when memory is short.
+                    killed = engine_of(process.pid)
+                    os.killpg(killed, signal.SIGKILL)
+            assert killed is not None and process.returncode == 0, (tmp_path / "said").read_text()
+        finally:
+            if process.poll() is None:
+                process.kill()
+    text = (tmp_path / "said").read_text()
+    assert "Starting it again (1 of 2)" in text
+    assert gone(killed)
+    published = adapter.find(tmp_path / "adapters", "support")
+    assert published.card.algorithm == "grpo" and published.card.metrics["step"] == 4
+    (metrics,) = tmp_path.glob("runs/*/*/csv/metrics.csv")
+    rows = [row for row in csv.DictReader(metrics.open()) if row["train/sampling/sampling_logp_difference/mean"]]
+    assert len(rows) == 4
+    # vLLM computes in float32 like the trainer, and has the policy of each iteration.
+    assert all(float(row["train/sampling/sampling_logp_difference/mean"]) < 0.02 for row in rows)
+
+
+def engine_of(pid: int) -> int:
+    """The process group of the vLLM that process `pid` started; it leads a session of its own."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid and int(fields[2]) == int(entry.name):
+                    return int(entry.name)
+    raise AssertionError(f"process {pid} has no child that leads a group")

@@ -318,7 +318,7 @@ def test_settings_that_draw_nothing_are_refused(make: Callable[[], Sampling], se
 def test_a_sharded_model_is_refused() -> None:
     model = tiny.model()
     model.score_sharded = lambda batch: None
-    with pytest.raises(UserError, match="rollout=vllm"):
+    with pytest.raises(UserError, match="strategy=ddp"):
         engine(model, Sampling())
 
 

@@ -171,6 +171,37 @@ def rollouts(stubs: Stubs, tmp_path: Path, **changes: Any) -> VllmRollouts:
     return VllmRollouts("a-model", changes.pop("write", write), sampling, start=stubs.start, **{**settings, **changes})
 
 
+def test_it_is_asked_for_the_log_probabilities_that_it_draws_with(stubs: Stubs, tmp_path: Path) -> None:
+    def behave(engine: StubEngine, path: str, body: dict[str, Any], count: int) -> tuple[int, Any] | None:
+        if path != "/v1/completions":
+            return None
+        assert body["logprobs"] == 0
+        known = {"token_logprobs": [-1.5, -0.5, -0.25]}
+        return 200, {"choices": [{**choice, "logprobs": known} for choice in echo(body)["choices"]]}
+
+    stubs.behave = behave
+    with rollouts(stubs, tmp_path) as subject:
+        ((one,),) = subject.generate([(1, 2)], 1, 0)
+    assert one.logps == (-1.5, -0.5, -0.25) and one.completion == (1, 0, STOP)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"retries": -1}, "rollout.retries=-1"),
+        ({"start_timeout": 0}, "rollout.start_timeout=0"),
+        ({"request_timeout": float("nan")}, "rollout.request_timeout=nan"),
+    ],
+    ids=str,
+)
+def test_settings_of_it_that_mean_nothing_are_refused(
+    stubs: Stubs, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        rollouts(stubs, tmp_path, **changes)
+    assert not stubs.engines, "before anything is started"
+
+
 def expected(n: int) -> list[list[Rollout]]:
     return [[Rollout(prompt, (prompt[0], k, STOP), True) for k in range(n)] for prompt in PROMPTS]
 
@@ -200,6 +231,7 @@ def test_a_prompt_is_asked_for_plain_samples_of_the_policy(stubs: Stubs, tmp_pat
         "ignore_eos": True,
         "skip_special_tokens": False,
         "return_token_ids": True,
+        "logprobs": 0,
     }
 
 
@@ -556,12 +588,16 @@ def test_without_vllm_it_names_the_package(tmp_path: Path, monkeypatch: pytest.M
         VllmRollouts("model", write, Sampling(), folder=tmp_path / "rollouts", max_lora_rank=8, max_model_len=64)
 
 
+DRAWN = ("--logprobs-mode", "processed_logprobs")
+NOBIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 @pytest.mark.parametrize(
     ("cpu", "threads", "more"),
     [
-        (True, None, {}),
-        (True, 3, {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "3"}}),
-        (False, None, {"arguments": ("--gpu-memory-utilization", "0.4")}),
+        (True, None, {"arguments": DRAWN}),
+        (True, 3, {"arguments": DRAWN, "environment": {**NOBIND, "OMP_NUM_THREADS": "3"}}),
+        (False, None, {"arguments": (*DRAWN, "--gpu-memory-utilization", "0.4")}),
     ],
 )
 def test_the_engine_of_serve_is_what_is_started(
@@ -655,6 +691,15 @@ def test_the_policy_of_the_trainer_is_what_vllm_draws_from(tmp_path: Path) -> No
             assert all(rollout.ended is (rollout.completion[-1] in stops) for (rollout,) in found)
             if version:  # and what the policy before said is none of this one's
                 assert max(behind(*pair) for pair in zip(prompts, said[-2], strict=True)) > 0.5
+
+        # What it says of its draws is what the trainer computes at that temperature.
+        subject._sampling = Sampling(0.7, TOKENS, stops)
+        for prompt, (rollout,) in zip(prompts, subject.generate(prompts, 1, 5), strict=True):
+            with torch.no_grad():
+                logits = model.eval()(input_ids=torch.tensor([[*prompt, *rollout.completion]])).logits[0]
+            rows = (logits[len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+            ours = rows[range(len(rollout.completion)), list(rollout.completion)].tolist()
+            assert rollout.logps == pytest.approx(ours, abs=0.02)
 
         # More tokens of prompts at once than vLLM reads in one step.
         short = prompts[1][:8]
