@@ -239,13 +239,13 @@ class RolloutAlgorithmConfig(AlgorithmConfig):
     max_new_tokens: int = 64
     """Tokens that a completion may have."""
     temperature: float = 1.0
-    """Completions are drawn, and log-probabilities taken, at this temperature."""
+    """Completions are drawn, and log-probabilities taken, at this temperature (Huang et al. 2024; TRL: 1)."""
     num_generations: int = 1
     """Completions per prompt."""
     num_epochs: int = 4
-    """Times that each iteration's completions are trained on."""
+    """Times that each iteration's completions are trained on (PPO: 4 in InstructGPT's memory; GRPO: 1)."""
     num_mini_batches: int = 1
-    """Optimizer steps per such epoch."""
+    """Optimizer steps per such epoch, on other prompts each, shuffled anew (Huang et al. 2024; TRL: 1)."""
     missing_eos_penalty: float | None = None
     """Taken from the score of a completion that does not end (TRL's name; Huang et al. 2024 give such a fixed one)."""
     reference: Reference = Reference.initial
