@@ -249,6 +249,28 @@ def test_a_policy_that_changes_between_the_two_passes_is_refused(monkeypatch: py
         fit(module)
 
 
+@pytest.mark.parametrize(
+    ("apart", "float32", "bf16"),
+    [
+        ([0.0] * 40, True, True),
+        # What a run met in its eleventh iteration: one short row in another batch than before, in bf16.
+        ([0.0] * 1150 + [0.05] * 39 + [0.235], False, True),
+        ([0.05] * 40, False, True),
+        ([0.3] * 40, False, False),
+        ([0.0] * 40 + [3.0], False, False),
+        ([0.0] * 40 + [math.nan], False, False),
+    ],
+)
+def test_how_far_rounding_may_lead(apart: list[float], float32: bool, bf16: bool) -> None:
+    module: Any = online()
+    for mixed, passes in ((False, float32), (True, bf16)):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+            contextlib.nullcontext() if passes else pytest.raises(UserError, match="the ratio is not 1"),
+        ):
+            module._must_be_on_policy(torch.tensor(apart))
+
+
 def test_dropout_is_off() -> None:
     (first,) = fit(online(model=adapted(dropout=0.5), num_epochs=1)).logged
     assert first["objective/kl"] == 0 and first["val/ratio"] == pytest.approx(1, abs=1e-6)
