@@ -37,7 +37,7 @@ def check_settings(cfg: Config) -> int:
     _check_averaging(cfg)
     if cfg.scale != 1:
         _check_scale(cfg)
-    if cfg.evaluate:
+    if cfg.evaluate not in (None, False):
         _check_evaluate(cfg)
     _check_strategy(cfg, devices * cfg.trainer.num_nodes)
     if cfg.strategy.kind in SHARDED:

@@ -102,6 +102,22 @@ def model_is_no_group() -> None:
     sys.argv[1:] = [re.sub(r"^model=", "model.id=", argument) for argument in sys.argv[1:]]
 
 
+def quote_conditions() -> None:
+    """Let `fail_if=a=b` be written without quotes: Hydra's grammar wants some around a value with `=`, `<` or `>`.
+
+    So too `evaluate.fail_if=a=b`, and `evaluate={fail_if: a=b}` of a run.
+    """
+
+    def quoted(argument: str) -> str:
+        if found := re.fullmatch(r"(\+{0,2}(?:evaluate\.)?fail_if=)([^\[\"'].*)", argument, re.DOTALL):
+            return f'{found[1]}"{found[2]}"'
+        if argument.lstrip("+").startswith("evaluate={"):
+            return re.sub(r"(fail_if\s*:\s*)([^\s\[\"'{,}][^,}]*)", r'\1"\2"', argument)
+        return argument
+
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+
+
 def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> float | None:
     """Run one job of a sweep; returns what the sweeper minimises, or None if there is nothing.
 
@@ -125,8 +141,9 @@ def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> f
     if cfg.resume is None and queued_again.exists() and list(run.glob("checkpoints/last*.ckpt")):
         cfg.resume = str(run)
     try:
-        task(cfg)
-        return sweep.score(run, cfg.objective)
+        if not task(cfg):
+            return sweep.score(run, cfg.objective)
+        reason = "evaluate.fail_if holds, as its report says"
     except SystemExit as ended:  # train() ends so in, or after, several processes
         if not ended.code:
             return None  # not the first of them, which has the result
@@ -205,14 +222,17 @@ def main() -> NoReturn:
     """Train: `python -m lit_ft +experiment=sft`."""
     from lit_ft.config import Config, register_schemas
 
-    def task(cfg: Any) -> None:
+    def task(cfg: Any) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         from lit_ft.checks import check_settings
         from lit_ft.distributed import started_by_others
+        from lit_ft.evaluate import after_training, outcome, write_about
+        from lit_ft.progress import say
 
         try:
             processes = check_settings(cfg)
+            report_on = after_training(cfg.evaluate, adapters=cfg.adapters, model=cfg.model.id)
         except UserError:
             run = Path(HydraConfig.get().runtime.output_dir)
             if {path.name for path in run.glob("*")} <= {"hydra"}:
@@ -227,13 +247,15 @@ def main() -> NoReturn:
 
             adapter = train(cfg)
         print(adapter.path)  # noqa: T201
-        if cfg.evaluate:
-            from lit_ft.evaluate import EvaluateConfig, write_about
-            from lit_ft.progress import say
+        if report_on is None:
+            return 0
+        gc.collect()  # the model that was trained
+        asked, conditions = report_on
+        asked.adapter = str(adapter.path)
+        report, page = write_about(asked)
+        say(f"report     {page}")
+        return 0 if conditions is None else outcome(conditions, report, page)
 
-            gc.collect()  # the model that was trained
-            _, page = write_about(EvaluateConfig(adapter=str(adapter.path)))
-            say(f"report     {page}")
-
+    quote_conditions()
     register_schemas()
     launch(task, "config", Config)

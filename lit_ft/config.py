@@ -461,8 +461,10 @@ class Config:
     seed: int = 0
     scale: float = 1.0
     """The part of its strength with which the adapter is published: 0.7 forgets less and knows less."""
-    evaluate: bool = False
-    """Write the report on the adapter once it is published, as `python -m lit_ft.evaluate` does by default."""
+    evaluate: Any = False
+    """Write the report on the adapter once it is published, as `python -m lit_ft.evaluate` does by default; or with
+    settings of that command, a mapping such as {against: support@v1, fail_if: "forgetting=worse"}, of which `fail_if`
+    makes the run end with exit code 3."""
     debug: bool = False
     """Show tracebacks."""
     resume: str | None = None

@@ -189,6 +189,7 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
     mesh = make_mesh(cfg, device, ranks)
     replica, replicas = (mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()) if mesh else ranks[:2]
     first_lines(cfg, model, start, precision, threads, rows, data, val, tokenizer)
+    trainable, _ = adapt.parameter_counts(model)
     forecast = partial(
         expected_bytes,
         cfg,
@@ -339,7 +340,9 @@ def _train(cfg: Config, run: Path, devices: int, begun: dict[str, Any]) -> Adapt
             adapt.save_trained(done.model, target, state)
         else:
             save_judge(done.model, module.head, target, mean=judge[0], std=judge[1])
-        history.write(target, num_tokens=module.num_tokens, device=device, estimated_bytes=expected)
+        history.write(
+            target, num_tokens=module.num_tokens, device=device, estimated_bytes=expected, trainable=trainable
+        )
 
     write = _writer(cfg, save, tokenizer, report)
     published = agree(lambda: folder.publish(adapters, draft, write))

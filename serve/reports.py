@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_ft.adapter import REPORT
 
-VERDICTS = ("better", "unchanged", "worse", "unknown")
+VERDICTS = ("better", "unchanged", "worse", "unjudged", "unknown")
 # The figure that says most of a section: the first of these that it has. Where a section's verdict is of one figure, it
 # is that one.
 _HEADLINES = {

@@ -91,8 +91,16 @@ class History(Callback):
         self.curves = {name: [tuple(p) for p in points] for name, points in state_dict["curves"].items()}
         self._every = state_dict["every"]
 
-    def write(self, folder: Path, *, num_tokens: int, device: torch.device, estimated_bytes: int | None = None) -> None:
-        """Write it into `folder`."""
+    def write(
+        self,
+        folder: Path,
+        *,
+        num_tokens: int,
+        device: torch.device,
+        estimated_bytes: int | None = None,
+        trainable: int | None = None,
+    ) -> None:
+        """Write it into `folder`; `trainable` weights were trained, which may be fewer than are published."""
         curves = {name: [p for p in points if math.isfinite(p[1])] for name, points in self.curves.items()}
         found = {
             "seconds": self.seconds,
@@ -102,6 +110,7 @@ class History(Callback):
             "num_tokens": num_tokens,
             "peak_bytes": peak_memory(device),
             "estimated_bytes": estimated_bytes,
+            "trainable": trainable,
             "curves": curves,
         }
         (folder / HISTORY).write_text(json.dumps(found) + "\n", encoding="utf-8")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_ft.errors import UserError
 from lit_ft.evaluation.gain import interval_in_words
-from lit_ft.evaluation.paired import Change, figure, paired_change, paired_rate, verdict
+from lit_ft.evaluation.paired import Change, few_rows, figure, paired_change, paired_rate, verdict
 from lit_ft.evaluation.section import Section, Table
 from lit_ft.evaluation.subject import Subject
 
@@ -88,7 +89,11 @@ def bias(base: Subject, tuned: Subject, pairs: Sequence[Pair], *, threshold: flo
 
     The verdict is about the distance of the rate from 50 %: `worse` where the rate moved away from it, `better` where
     towards it, by a whole interval beyond the threshold; `unchanged` else. Where it passed 50 %, no more is said than
-    how much farther the new rate is from it.
+    how much farther the new rate is from it. A kind that is worse by itself does not decide, and is named where the
+    rate of all pairs is not.
+
+    Pairs that turn the same two words round are drawn together for the intervals (see `couples`): a model that comes to
+    like one of the words better wins one pair by it and loses the other.
 
     Args:
         base, tuned: the models.
@@ -101,26 +106,74 @@ def bias(base: Subject, tuned: Subject, pairs: Sequence[Pair], *, threshold: flo
     if not pairs:
         raise UserError("There are no sentence pairs to measure bias on. Give a CSV file that has rows.")
     before, after = _differences(base, pairs), _differences(tuned, pairs)
-    rate, mean = _rate(before, after), paired_change(before, after)
+    together = couples(pairs)
+    rate, mean = _rate(before, after, together), paired_change(before, after, groups=together)
+    found = verdict(from_even(rate), threshold=threshold, lower_is_better=True)
+    sentence = (
+        f"The stereotype is the likelier sentence in {100 * rate.after:.1f} % of {rate.rows} pairs, before in "
+        f"{100 * rate.before:.1f} % ({interval_in_words(rate, 100, ' points')}; threshold {100 * threshold:g} "
+        "points, away from 50 %)."
+    )
+    kinds = _rows([pair.kind for pair in pairs], before, after, together)
+    directions = _rows([pair.direction for pair in pairs], before, after, together)
+    worse = [
+        (kind, one)
+        for kind, (one, _) in kinds.items()
+        if verdict(from_even(one), threshold=threshold, lower_is_better=True) == "worse"
+    ]
+    if worse and found != "worse":
+        kind, one = max(worse, key=lambda pair: from_even(pair[1]).change)
+        sentence += (
+            f" Worse by itself, of {len(kinds)} kinds: {kind}, {100 * one.after:.0f} % of {one.rows} pairs, before "
+            f"{100 * one.before:.0f} % ({interval_in_words(one, 100, ' points')})."
+        )
     return Section(
         key="bias",
         title="Bias",
-        verdict=verdict(from_even(rate), threshold=threshold, lower_is_better=True),
-        sentence=(
-            f"The stereotype is the likelier sentence in {100 * rate.after:.1f} % of {rate.rows} pairs, before in "
-            f"{100 * rate.before:.1f} % ({interval_in_words(rate, 100, ' points')}; threshold {100 * threshold:g} "
-            "points, away from 50 %)."
-        ),
+        verdict=found,
+        sentence=sentence,
         figures=(
             figure("rate", "stereotype likelier than the other sentence", rate, unit="%", times=100),
             figure("difference", "log-probability of the stereotype less the other sentence", mean, unit="nats"),
         ),
         tables=(
-            _table("kind", [pair.kind for pair in pairs], before, after),
-            _table("direction", [pair.direction for pair in pairs], before, after),
+            _table("kind", kinds),
+            _table("direction", directions),
         ),
-        notes=NOTES,
+        notes=tuple(filter(None, (few_rows(len(set(together)), "independent pairs or couples of pairs"), *NOTES))),
     )
+
+
+def couples(pairs: Sequence[Pair]) -> list[int]:
+    """A number per pair, `(N,)`: the same for two that follow each other and turn the same words round.
+
+    So do "The nurse said that she …" with "The nurse said that he …", and "The surgeon said that he …" with "… she …".
+    """
+    found: list[int] = []
+    alone = True  # whether the pair before is still without another
+    for k, pair in enumerate(pairs):
+        if k and alone and pair.kind == pairs[k - 1].kind and _turned(pairs[k - 1], pair):
+            found.append(found[-1])
+            alone = False
+        else:
+            found.append(k)
+            alone = True
+    return found
+
+
+def _turned(one: Pair, other: Pair) -> bool:
+    more, less = _differing(one)
+    return (more, less) == _differing(other)[::-1] and more != less
+
+
+def _differing(pair: Pair) -> tuple[list[str], list[str]]:
+    """The words of each sentence between those that both begin with and those that both end with."""
+    one, other = (re.findall(r"[\w'-]+", text.casefold()) for text in (pair.stereotype, pair.other))
+    start = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    one, other = one[start:], other[start:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return one, other
 
 
 def from_even(rate: Change) -> Change:
@@ -159,10 +212,14 @@ def _differences(subject: Subject, pairs: Sequence[Pair]) -> list[float]:
     return [one - other for one, other in zip(sums[::2], sums[1::2], strict=True)]
 
 
-def _rate(before: Sequence[float], after: Sequence[float]) -> Change:
+def _rate(before: Sequence[float], after: Sequence[float], together: Sequence[int]) -> Change:
     """Of the share of pairs whose stereotype is the likelier sentence; ties count half."""
-    if 0.0 in before or 0.0 in after:
-        return paired_change(_preferred(before), _preferred(after))
+    found = paired_change(_preferred(before), _preferred(after), groups=together)
+    ties, coupled = 0.0 in before or 0.0 in after, len(set(together)) < len(together)
+    # Where all couples changed alike the bootstrap's interval has no width, as if it were certain for others, too.
+    flat = found.low is not None and found.low == found.high
+    if ties or (coupled and not flat):
+        return found
     return paired_rate([value > 0 for value in before], [value > 0 for value in after])
 
 
@@ -170,13 +227,20 @@ def _preferred(differences: Sequence[float]) -> list[float]:
     return [0.5 if value == 0 else float(value > 0) for value in differences]
 
 
-def _table(by: str, keys: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Table:
+def _rows(
+    keys: Sequence[str], before: Sequence[float], after: Sequence[float], together: Sequence[int]
+) -> dict[str, tuple[Change, Change]]:
     """Rate and mean difference of the pairs that share a key."""
-    rows = []
+    found = {}
     for key in sorted(set(keys)):
-        old = [value for value, own in zip(before, keys, strict=True) if own == key]
-        new = [value for value, own in zip(after, keys, strict=True) if own == key]
-        rows.append(_row(key, _rate(old, new), paired_change(old, new)))
+        own = [k for k, one in enumerate(keys) if one == key]
+        old, new, groups = [before[k] for k in own], [after[k] for k in own], [together[k] for k in own]
+        found[key] = _rate(old, new, groups), paired_change(old, new, groups=groups)
+    return found
+
+
+def _table(by: str, found: Mapping[str, tuple[Change, Change]]) -> Table:
+    rows = [_row(key, *changes) for key, changes in found.items()]
     header = (by, "pairs", "rate before", "after", "change (points)", "nats before", "after", "change")
     return Table(f"Preference for the stereotype by {by}", header, tuple(rows))
 

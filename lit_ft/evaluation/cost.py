@@ -52,7 +52,7 @@ class Cost:
 
 
 def cost(run: Cost) -> Section:
-    """The section on cost. Nothing is judged: it is `unchanged` if anything was measured, else `unknown`."""
+    """The section on cost. Nothing is judged: it is `unjudged` if anything was measured, else `unknown`."""
     share = _ratio(run.trainable, run.parameters)
     speed = _ratio(run.tokens, run.seconds)
     shown = (
@@ -88,7 +88,7 @@ def cost(run: Cost) -> Section:
     return Section(
         key="cost",
         title="Cost",
-        verdict="unchanged" if figures else "unknown",
+        verdict="unjudged" if figures else "unknown",
         sentence=sentence,
         figures=tuple(figures),
         notes=tuple(notes),

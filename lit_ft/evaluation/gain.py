@@ -9,13 +9,12 @@ from typing import Any
 
 from lit_ft.batches import Example
 from lit_ft.errors import UserError
-from lit_ft.evaluation.paired import Change, figure, paired_change, paired_rate, verdict
+from lit_ft.evaluation.paired import Change, few_rows, figure, paired_change, paired_rate, verdict
 from lit_ft.evaluation.section import Figure, Sample, Section
 from lit_ft.evaluation.subject import Subject
 
 # Of a prompt, an answer to it and the data's row: how good the answer is.
 MetricFunction = Callable[[str, str, Mapping[str, Any]], float]
-SAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,10 @@ def gain(
     held_out: Sequence[Example],
     *,
     metric: Metric | None = None,
+    scored: int | None = None,
+    metric_rows: int = 48,
     max_new_tokens: int = 128,
-    answered: int = 64,
+    answered: int = 6,
     threshold: float = 0.0,
 ) -> Section:
     """Base beside tuned on held-out rows.
@@ -57,66 +58,80 @@ def gain(
     with `base` as the reference (Rafailov et al. 2023, arXiv:2305.18290); and that margin's mean. The base's own
     margins are all 0, so that its accuracy by them is nothing to compare with.
 
-    The verdict is the metric's where one is given, of pairs that of their accuracy, and else that of the loss.
+    The verdict is the metric's where one is given, of pairs that of their accuracy, and else that of the loss. Where
+    the metric fails there is no verdict: `error` says why, and the section keeps what was measured without it.
 
     Args:
         base, tuned: the models.
         held_out: with one completion each, or with the preferred one first.
-        metric: scores greedy answers to the first `answered` rows that leave room to answer.
+        metric: scores greedy answers to the first `metric_rows` rows that leave room to answer.
+        scored: rows of which the loss is taken, from the first on; None: all.
+        metric_rows: rows that the metric is taken of, at least 1; where there are fewer, all of them.
         max_new_tokens: of an answer.
-        answered: rows that are answered.
+        answered: rows whose answers are shown side by side, from the first on; 0: none.
         threshold: nats per token (or share of pairs) that a change must exceed as a whole interval.
 
     Raises:
-        UserError: no rows with a completion, or the metric gives no number.
+        UserError: no rows with a completion.
     """
-    rows = [example for example in held_out if example.completions]
+    there = [example for example in held_out if example.completions]
+    rows = there[:scored]
     if not rows:
         raise UserError(
             "There are no held-out rows with an answer, so what was gained cannot be said. Give data.val_path, or "
             "train with data.val_split above 0."
         )
-    preferred = [replace(example, completions=example.completions[:1]) for example in rows]
     before, after = base.token_logprobs(rows), tuned.token_logprobs(rows)
     loss = loss_change([scores[0] for scores in before], [scores[0] for scores in after])
     figures = [figure("loss", "loss on held-out rows", loss, unit="nats per token"), perplexity(loss)]
     found, sentence = verdict(loss, threshold=threshold, lower_is_better=True), loss_sentence(loss, threshold)
-    notes = []
-    if len(rows) < 30:
-        notes.append(f"{len(rows)} held-out rows are few: intervals are wide, and still a little too narrow.")
+    notes: list[str | None] = []
+    few = few_rows(loss.rows)
+    error = None
     pairs = [k for k, example in enumerate(rows) if len(example.completions) > 1]
     if pairs:
         made, likely = _preferences([before[k] for k in pairs], [after[k] for k in pairs])
         figures.extend(made)
         found = verdict(likely, threshold=threshold, lower_is_better=False)
+        few = few_rows(likely.rows, "held-out pairs")
         sentence = (
             f"The chosen answer is the likelier one in {_percent(likely.after)} of {likely.rows} held-out pairs, "
             f"before in {_percent(likely.before)} ({interval_in_words(likely, 100, ' points')}; "
             f"threshold {100 * threshold:g})."
         )
         notes.append("Likelihoods are sums over an answer's tokens, which favour the shorter of two answers.")
+    preferred = [replace(example, completions=example.completions[:1]) for example in there]
     answers = [example for example in preferred if tuned.fits(example.prompt, max_new_tokens)]
     answers = [example for example in answers if base.fits(example.prompt, max_new_tokens)]
-    answers = answers[: max(answered, SAMPLES) if metric else SAMPLES]
+    answers = answers[: answered if metric is None else max(answered, metric_rows)]
     samples = _answers(base, tuned, answers, max_new_tokens)
     if metric is not None and not answers:
         notes.append(f"No prompt leaves room for an answer of {max_new_tokens} tokens: {metric.name} was not measured.")
     elif metric is not None:
-        measured = _measured(metric, samples, answers)
-        figures.append(figure("metric", f"{metric.name} of greedy answers", measured))
-        found = verdict(measured, threshold=metric.threshold, lower_is_better=False)
-        sentence = (
-            f"{metric.name} of greedy answers is {measured.after:.3f}, before {measured.before:.3f} "
-            f"({interval_in_words(measured)}; threshold {metric.threshold:g}), on {measured.rows} held-out rows."
-        )
+        try:
+            measured = _measured(metric, samples[:metric_rows], answers[:metric_rows])
+        except UserError as failed:
+            found, error = "unknown", str(failed)
+            sentence = f"{metric.name} could not be measured, so there is no verdict. {sentence}"
+        else:
+            figures.append(figure("metric", f"{metric.name} of greedy answers", measured))
+            found = verdict(measured, threshold=metric.threshold, lower_is_better=False)
+            few = few_rows(measured.rows, "answered rows")
+            sentence = (
+                f"{metric.name} of greedy answers is {measured.after:.3f}, before {measured.before:.3f} "
+                f"({interval_in_words(measured)}; threshold {metric.threshold:g}), on {measured.rows} held-out rows; "
+                f"loss {loss.after:.3f} nats per token, before {loss.before:.3f} ({interval_in_words(loss)}), does not "
+                "count for the verdict."
+            )
     return Section(
         key="gain",
         title="Gain",
         verdict=found,
         sentence=sentence,
         figures=tuple(figures),
-        samples=tuple(samples[:SAMPLES]),
-        notes=tuple(notes),
+        samples=tuple(samples[:answered]),
+        notes=tuple(filter(None, (few, *notes))),
+        error=error,
     )
 
 

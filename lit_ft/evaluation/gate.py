@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -14,6 +14,34 @@ from lit_ft.evaluation.report import Report
 from lit_ft.evaluation.section import Figure, Section, Verdict
 
 SECTIONS = ("gain", "forgetting", "overfitting", "bias", "cost")
+# The figures that a section can have, whatever the rows; those of tasks of lm-evaluation-harness are named after them.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "gain": ("loss", "perplexity", "accuracy", "margin", "reward_accuracy", "reward_margin", "metric"),
+    "forgetting": ("text_loss", "instruction_loss", "kl"),
+    "overfitting": (
+        "train_loss",
+        "held_out_loss",
+        "gap",
+        "last_over_best",
+        "published_over_best",
+        "duplicates",
+        "memorised_train",
+        "memorised_held_out",
+        "by_heart",
+    ),
+    "bias": ("rate", "difference"),
+    "cost": (
+        "trainable",
+        "trainable_share",
+        "seconds",
+        "tokens",
+        "speed",
+        "adapter_size",
+        "energy",
+        "peak_memory",
+    ),
+}
+TASKS = "lm_eval."
 FIELDS = ("before", "after", "change", "low", "high", "rows")
 ANY = "any"
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -47,21 +75,28 @@ class Condition:
     """What that number is compared with."""
 
 
-def conditions(given: str | Sequence[str], made: Sequence[str] = SECTIONS) -> list[Condition]:
+def conditions(
+    given: str | Sequence[str], made: Sequence[str] = SECTIONS, absent: Mapping[str, str] | None = None
+) -> list[Condition]:
     """What `fail_if` says, checked as far as it can be before anything is measured.
 
     Args:
         given: a list, or one string with commas between the conditions.
         made: the sections that the report will have.
+        absent: figures that it will not have, as `SECTION.FIGURE`, and why not; `gain.lm_eval.` are all of tasks.
 
     Raises:
-        UserError: a condition is none, or names a section, verdict or field that the report will not have.
+        UserError: a condition is none, or names a section, verdict, figure or field that the report will not have.
     """
     texts = given.split(",") if isinstance(given, str) else given
     found = [_condition(str(text).strip()) for text in texts if str(text).strip()]
     for condition in found:
         if condition.section not in (*made, ANY):
             raise _no_section(condition, made)
+        of_task = condition.section == "gain" and condition.figure.startswith(TASKS)
+        name = f"{condition.section}.{TASKS if of_task else condition.figure}"
+        if why := (absent or {}).get(name):
+            raise UserError(f"fail_if: {condition.text!r} needs a figure that this report will not have: {why}.")
     return found
 
 
@@ -94,6 +129,11 @@ def _condition(text: str) -> Condition:
             f"fail_if: {text!r} names no number of a figure. Write SECTION.FIGURE.FIELD, where FIELD is one "
             f"of {', '.join(FIELDS)}, such as gain.loss.change."
         )
+    if figure not in FIGURES[section] and not (section == "gain" and figure.startswith(TASKS)):
+        tasks = f", and {TASKS}TASK.METRIC" if section == "gain" else ""
+        raise UserError(
+            f"fail_if: {text!r} names the figure {figure!r}; {section} can have {', '.join(FIGURES[section])}{tasks}."
+        )
     if relation not in _ORDERS:
         raise UserError(f"fail_if: {text!r} compares a number with {relation}; use <, <=, > or >=.")
     try:
@@ -113,6 +153,11 @@ def _about_verdict(text: str, section: str, relation: str, value: str) -> Condit
         )
     if value not in _VERDICTS:
         raise UserError(f"fail_if: {text!r} asks for the verdict {value!r}; there are {', '.join(_VERDICTS)}.")
+    if section == "cost" and value not in ("unjudged", "unknown"):
+        raise UserError(
+            f"fail_if: {text!r} asks for a verdict on cost, which is not judged: name a number, such as "
+            "cost.seconds.after>3600."
+        )
     return Condition(text, section, relation, verdict=value)
 
 
@@ -120,7 +165,8 @@ def reasons(wanted: Sequence[Condition], report: Report) -> list[str]:
     """Why the adapter must not be shipped: a line for each condition that holds, none if it may.
 
     What could not be measured never passes: a condition on a section or figure that is unknown holds too, and so does
-    `any` where a section could not be made. A section that is `unknown` by its nature does not make `any=worse` hold.
+    `any` where a section could not be made. A section that is `unknown` by its nature does not make `any=worse` hold;
+    one that is `unjudged` does not count for `any`.
 
     Raises:
         UserError: a condition names a section or figure that this report has not.
@@ -143,6 +189,8 @@ def _by_verdict(condition: Condition, section: Section) -> str:
     """Why the condition holds, or nothing."""
     if section.error is not None:
         return f"could not be measured: {section.error}"
+    if section.verdict == "unjudged" and condition.section == ANY:
+        return ""
     if (section.verdict == condition.verdict) == (condition.relation == "="):
         return f"{section.verdict}. {section.sentence}".rstrip()
     if section.verdict == "unknown" and condition.section != ANY and condition.relation == "=":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lit_ft.errors import UserError
-from lit_ft.evaluation.paired import Change, figure, paired_change, paired_rate, verdict
+from lit_ft.evaluation.paired import FEWEST, Change, figure, paired_change, paired_rate, verdict
 from lit_ft.evaluation.section import Figure, Section, Table
 from lit_ft.evaluation.subject import Subject
 from lit_ft.progress import say
@@ -188,7 +188,8 @@ def _row(one: Measured) -> tuple[str, ...]:
     change = one.change
     interval = "-" if change.low is None else f"{change.low:+.3f} to {change.high:+.3f}"
     found = "unknown"
-    if one.higher_is_better is not None:
+    # Without an interval nothing is known, unless it is for too few rows, which is as elsewhere.
+    if one.higher_is_better is not None and (change.low is not None or change.rows < FEWEST):
         found = verdict(change, threshold=0, lower_is_better=not one.higher_is_better)
     numbers = (f"{change.before:.3f}", f"{change.after:.3f}", f"{change.change:+.3f}")
     return (one.task, one.metric, str(change.rows), *numbers, interval, found)

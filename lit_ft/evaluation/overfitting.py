@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from lit_ft.batches import Example
+from lit_ft.batches import Completion, Example
 from lit_ft.errors import UserError
 from lit_ft.evaluation.gain import interval_in_words, loss_change
 from lit_ft.evaluation.paired import Change, figure, paired_rate, verdict
 from lit_ft.evaluation.section import Curve, Figure, Section, Table, Verdict
 from lit_ft.evaluation.subject import Subject
+
+T = TypeVar("T")
 
 # Nats per token by which the gap between held-out and training loss may grow.
 THRESHOLD = 0.1
@@ -21,6 +24,8 @@ THRESHOLD = 0.1
 MEMORISED_THRESHOLD = 0.05
 # Tokens of an answer that are given, and how many must follow verbatim.
 GIVEN, FOLLOWING = 8, 16
+# How much of an answer the table of memorised ones shows, in characters.
+_SHOWN_OF_ANSWER = 80
 # Words in a shingle, and the Jaccard similarity from which on two rows are near-duplicates.
 SHINGLE, SIMILAR = 5, 0.8
 _SHOWN = 10
@@ -36,6 +41,30 @@ class Duplicate:
     """1 for the same shingles; of exact duplicates the whole text is the same."""
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Which answers base and tuned complete verbatim; all of them `(N,)`, N being how many were probed."""
+
+    places: tuple[int, ...]
+    """Where each stands among the rows that it was taken from."""
+    stretches: tuple[Example, ...]
+    """What was given as the prompt, and what had to follow."""
+    before: tuple[bool, ...]
+    after: tuple[bool, ...]
+    long: int
+    """How many of those rows are long enough."""
+
+    @property
+    def change(self) -> Change:
+        """Of the share that is completed verbatim."""
+        return paired_rate(self.before, self.after)
+
+    @property
+    def new(self) -> list[int]:
+        """Those that the tuned model completes and the base does not."""
+        return [k for k, (base, tuned) in enumerate(zip(self.before, self.after, strict=True)) if tuned and not base]
+
+
 def overfitting(
     base: Subject,
     tuned: Subject,
@@ -43,21 +72,29 @@ def overfitting(
     held_out: Sequence[Example],
     *,
     curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    published: float | None = None,
     scored: int = 256,
-    probed: int = 64,
+    probed: int = 300,
     threshold: float = THRESHOLD,
 ) -> Section:
     """Base and tuned on training rows beside held-out ones.
 
-    The verdict is `worse` if the gap between held-out and training loss grew by more than the threshold as a whole
-    interval, or the held-out loss at the last step lies above that at the best one by more, or training answers became
-    memorised beyond held-out ones by more than `MEMORISED_THRESHOLD` as a whole interval; `better` if the gap shrank by
-    more than the threshold; else `unchanged`.
+    The verdict is `worse` if one of these holds:
+
+    - the gap between held-out and training loss grew by more than the threshold, as a whole interval;
+    - the published weights' held-out loss lies above that of the best step by more than the threshold;
+    - training answers became completed verbatim beyond held-out ones by more than `MEMORISED_THRESHOLD`, as a whole
+      interval;
+    - a single training answer is known by heart (`by_heart`): no interval of a rate could show one among hundreds, and
+      one is enough where it is somebody's address.
+
+    It is `better` if the gap shrank by more than the threshold; else `unchanged`.
 
     Args:
         base, tuned: the models.
         train, held_out: rows; the first completion of each counts.
         curves: `(step, loss)` by name; of `held-out` the best step is compared with the last.
+        published: the step whose weights were published; None where that is unknown: then the last one's count.
         scored: rows of each that are scored, evenly taken from all.
         probed: answers of each that are probed for memorisation.
         threshold: nats per token.
@@ -76,50 +113,62 @@ def overfitting(
         figure("held_out_loss", "loss on held-out rows", on_held_out, unit="nats per token"),
         figure("gap", "held-out less training loss", gap, unit="nats per token"),
     ]
-    notes, tables = [], []
+    notes, warnings, tables = [], [], []
     lines = {name: [p for p in points if math.isfinite(p[1])] for name, points in (curves or {}).items()}
     lines = {name: points for name, points in lines.items() if points}
     if "held-out" in lines:
-        best, last = best_and_last(lines["held-out"])
-        above = last[1] - best[1]
-        label = f"held-out loss at the last step ({last[0]:g}) beside the best ({best[0]:g})"
-        figures.append(Figure("last_over_best", label, "nats per token", best[1], last[1], above, None, None))
-        found.append("worse" if above > threshold else "unchanged")
-        said.append(f"last step {above:+.3f} over the best")
+        steps = _over_best(lines["held-out"], published, threshold)
+        figures.extend(steps.figures)
+        notes.extend(steps.notes)
+        found.append(steps.verdict)
+        said.append(steps.said)
     pairs, exact = near_duplicates(*_texts(tuned, seen, unseen)), exact_duplicates(seen, unseen)
-    shares = len({pair.held_out for pair in pairs} | exact) / len(unseen)
+    doubles = {pair.held_out for pair in pairs} | exact
+    shares = len(doubles) / len(unseen)
     figures.append(
         Figure("duplicates", "held-out rows that are nearly in the training data", "%", None, 100 * shares, *[None] * 3)
     )
     if pairs:
         tables.append(_listed(pairs))
     if shares:
-        notes.append(
-            f"{round(shares * len(unseen))} of {len(unseen)} held-out rows are (nearly) training rows, {len(exact)} of "
+        warnings.append(
+            f"{len(doubles)} of {len(unseen)} held-out rows are (nearly) training rows, {len(exact)} of "
             "them exactly: what is held out says too little about new rows. Take them out of one of the two."
         )
-    probes = memorised(base, tuned, seen, probed), memorised(base, tuned, unseen, probed)
-    for name, label, change in zip(("train", "held_out"), ("training", "held-out"), probes, strict=True):
-        if change is not None:
+    own, others = memorised(base, tuned, seen, probed), memorised(base, tuned, unseen, probed)
+    for name, label, one in (("train", "training", own), ("held_out", "held-out", others)):
+        if one is not None:
             what = f"{label} answers completed verbatim"
-            figures.append(figure(f"memorised_{name}", what, change, unit="%", times=100))
-    if probes[0] is None:
+            figures.append(figure(f"memorised_{name}", what, one.change, unit="%", times=100))
+            notes.append(_counted(one, label))
+    if own is None:
         notes.append(f"No training answer has {GIVEN + FOLLOWING} tokens: memorisation was not probed.")
     else:
-        beyond = probes[0] if probes[1] is None else difference(probes[0], probes[1])
+        beyond = own.change if others is None else difference(own.change, others.change)
+        known = by_heart(base, tuned, own, others, seen, doubles)
         found.append(verdict(beyond, threshold=MEMORISED_THRESHOLD, lower_is_better=True))
-        said.append(f"{100 * probes[0].after:.0f} % of training answers completed verbatim")
+        found.append("worse" if known else "unchanged")
+        figures.append(
+            Figure(
+                "by_heart", "training answers known by heart", "", None, len(known), None, None, None, len(own.after)
+            )
+        )
+        said.append(f"{sum(own.after)} of {len(own.after)} training answers completed verbatim, {len(known)} by heart")
+        if any(own.after):
+            tables.append(_verbatim(tuned, own, known))
     # Fewer memorised answers than before are not in themselves better: only the gap says so.
     final: Verdict = "worse" if "worse" in found else found[0]
+    limits = f"thresholds {threshold:g} and {100 * MEMORISED_THRESHOLD:g} points, and one answer known by heart"
     return Section(
         key="overfitting",
         title="Overfitting",
         verdict=final,
-        sentence=f"{'; '.join(said).capitalize()} (thresholds {threshold:g} and {100 * MEMORISED_THRESHOLD:g} points).",
+        sentence=f"{'; '.join(said).capitalize()} ({limits}).",
         figures=tuple(figures),
         tables=tuple(tables),
         curves=(Curve("Loss while training", "step", "loss, nats per token", lines),) if lines else (),
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -142,6 +191,51 @@ def best_and_last(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, f
     """The `(step, loss)` with the least loss, the first of equals, and that of the last step."""
     ordered = sorted(points)
     return min(ordered, key=lambda point: point[1]), ordered[-1]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What the held-out curve says of the published weights."""
+
+    figures: list[Figure]
+    notes: list[str]
+    verdict: Verdict
+    said: str
+
+
+def _over_best(points: Sequence[tuple[float, float]], published: float | None, threshold: float) -> _Steps:
+    """Best step beside last, and what is judged: the step whose weights were published.
+
+    That is the best one by what training compared steps with, which need not be the loss.
+    """
+    best, last = best_and_last(points)
+    above = last[1] - best[1]
+    label = f"held-out loss at the last step ({last[0]:g}) beside the best ({best[0]:g})"
+    figures = [Figure("last_over_best", label, "nats per token", best[1], last[1], above, None, None)]
+    said = f"last step {above:+.3f} over the best"
+    notes: list[str] = []
+    own = next((loss for step, loss in points if step == published), None)
+    if published is None or published == last[0]:
+        return _Steps(figures, notes, "worse" if above > threshold else "unchanged", said)
+    if own is None:
+        notes.append(
+            f"The weights of step {published:g} were published, of which no held-out loss is known: steps are shown "
+            "and not judged."
+        )
+        return _Steps(figures, notes, "unchanged", said)
+    if published == best[0]:
+        notes.append(
+            f"The weights of the best step ({best[0]:g}) were published, so the last one's loss is shown and not "
+            "judged. Where it lies far above, fewer steps would do."
+        )
+        return _Steps(figures, notes, "unchanged", f"{said}, which was published")
+    over = own - best[1]
+    label = f"held-out loss at the published step ({published:g}) beside the best ({best[0]:g})"
+    figures.append(Figure("published_over_best", label, "nats per token", best[1], own, over, None, None))
+    notes.append(f"The weights of step {published:g} were published, so the last one's loss is shown and not judged.")
+    return _Steps(
+        figures, notes, "worse" if over > threshold else "unchanged", f"published step {over:+.3f} over the best"
+    )
 
 
 def near_duplicates(
@@ -197,29 +291,94 @@ def memorised(
     *,
     given: int = GIVEN,
     following: int = FOLLOWING,
-) -> Change | None:
-    """Share of answers whose greedy completion goes on verbatim, base and tuned; None if none is long enough.
+) -> Probe | None:
+    """Which answers base and tuned go on with verbatim when they decode greedily; None if none is long enough.
 
     After Carlini et al. 2023 (arXiv:2202.07646): an answer counts if the prompt and its first `given` tokens make the
     model say its next `following` tokens. A base that does so shows what is easy to say, and not what was memorised.
+
+    Where there are more than `probed`, rows that the data repeat come first, most often ones before others: they are
+    what a model learns by heart (Lee et al. 2022, arXiv:2107.06499). The others are spread over all.
     """
     long = [
-        row
-        for row in rows
+        k
+        for k, row in enumerate(rows)
         if len(row.completions[0].ids) >= given + following
         and tuned.fits(row.prompt + row.completions[0].ids[:given], following)
     ]
-    chosen = _evenly(long, probed)
-    if not chosen:
+    places = _repeated_first(rows, long, probed)
+    if not places:
         return None
-    prompts = [row.prompt + row.completions[0].ids[:given] for row in chosen]
-    wanted = [row.completions[0].ids[given : given + following] for row in chosen]
+    stretches = []
+    for k in places:
+        ids = rows[k].completions[0].ids
+        answer = Completion(ids[given : given + following], (True,) * following)
+        stretches.append(Example(rows[k].prompt + ids[:given], (answer,)))
+    before, after = base.says(stretches), tuned.says(stretches)
+    return Probe(tuple(places), tuple(stretches), tuple(before), tuple(after), len(long))
 
-    def said(subject: Subject) -> list[bool]:
-        answers = subject.complete(prompts, max_new_tokens=following)
-        return [rollouts[0].completion == ids for rollouts, ids in zip(answers, wanted, strict=True)]
 
-    return paired_rate(said(base), said(tuned))
+def by_heart(
+    base: Subject,
+    tuned: Subject,
+    train: Probe,
+    held_out: Probe | None,
+    rows: Sequence[Example],
+    doubles: Collection[int] = (),
+) -> list[int]:
+    """Which of the probed training answers were learnt as such, and not as a manner of speaking.
+
+    They are completed verbatim by the tuned model alone; no other training answer has the same stretch, which would
+    then be a turn of phrase; and their log-probability has grown beyond that of every held-out stretch, which shows
+    what the fine-tune does to answers that it did not see (the base is the reference that tells what is easy to say, as
+    in the membership inference of Watson et al. 2022, arXiv:2111.08440). Without held-out answers nothing shows that,
+    and none is.
+
+    Args:
+        base, tuned: the models.
+        train, held_out: what was probed.
+        rows: the training rows that `train` was taken from.
+        doubles: places of held-out rows that are training rows as well, and so show nothing.
+
+    Returns:
+        Their numbers within `train`.
+    """
+    if held_out is None or not train.new:
+        return []
+    others = [one for k, one in zip(held_out.places, held_out.stretches, strict=True) if k not in doubles]
+    answers = {_as_text(row.completions[0].ids) for row in rows}
+    alone = [
+        k
+        for k in train.new
+        if sum(_as_text(train.stretches[k].completions[0].ids) in answer for answer in answers) == 1
+    ]
+    if not others or not alone:
+        return []
+    asked = [*(train.stretches[k] for k in alone), *others]
+    scores = zip(base.token_logprobs(asked), tuned.token_logprobs(asked), strict=True)
+    grown = [after[0][0] - before[0][0] for before, after in scores]
+    most = max(grown[len(alone) :])
+    return [k for k, by in zip(alone, grown, strict=False) if by > most]
+
+
+def _as_text(ids: Sequence[int]) -> str:
+    """Token ids such that a stretch of them is found with `in`."""
+    return f" {' '.join(map(str, ids))} "
+
+
+def _repeated_first(rows: Sequence[Example], places: Sequence[int], most: int) -> list[int]:
+    """At most `most` of `places`, in their order."""
+    if len(places) <= most:
+        return list(places)
+    first: dict[tuple[Any, ...], int] = {}
+    times: Counter[tuple[Any, ...]] = Counter()
+    for k in places:
+        content = rows[k].prompt, rows[k].completions[0].ids
+        first.setdefault(content, k)
+        times[content] += 1
+    repeated = [first[content] for content, count in times.most_common() if count > 1][:most]
+    once = [first[content] for content, count in times.items() if count == 1]
+    return sorted([*repeated, *_evenly(once, most - len(repeated))])
 
 
 def _with_answer(rows: Sequence[Example], which: str) -> list[Example]:
@@ -232,7 +391,7 @@ def _with_answer(rows: Sequence[Example], which: str) -> list[Example]:
     return found
 
 
-def _evenly(rows: Sequence[Example], most: int) -> list[Example]:
+def _evenly(rows: Sequence[T], most: int) -> list[T]:
     """At most `most` rows, spread over all of them."""
     if len(rows) <= most:
         return list(rows)
@@ -266,3 +425,29 @@ def _listed(pairs: Sequence[Duplicate]) -> Table:
     likest = sorted(pairs, key=lambda pair: (-pair.similarity, pair.held_out))[:_SHOWN]
     rows = tuple((str(pair.held_out + 1), str(pair.train + 1), f"{pair.similarity:.2f}") for pair in likest)
     return Table("Near-duplicates", ("held-out row", "training row", "similarity"), rows)
+
+
+def _counted(probe: Probe, which: str) -> str:
+    """How many there are, in words."""
+    every = f" (probed of {probe.long} that are long enough)" if probe.long > len(probe.after) else ""
+    return (
+        f"{sum(probe.after)} of {len(probe.after)} {which} answers{every} are completed verbatim, {FOLLOWING} tokens "
+        f"after the first {GIVEN}; before, {sum(probe.before)}."
+    )
+
+
+def _verbatim(subject: Subject, probe: Probe, known: Sequence[int]) -> Table:
+    """Those that the tuned model completes, the worst first, with the words that they begin with; rows from 1 on."""
+    order = [*known, *(k for k in probe.new if k not in known)]
+    order += [k for k, said in enumerate(probe.after) if said and probe.before[k]]
+    rows = []
+    for k in order[:_SHOWN]:
+        given, following = probe.stretches[k].prompt[-GIVEN:], probe.stretches[k].completions[0].ids
+        text = " ".join(subject.decode(given + following).split())
+        words = text if len(text) <= _SHOWN_OF_ANSWER else f"{text[: _SHOWN_OF_ANSWER - 1]}…"
+        why = "known by heart" if k in known else "the base says it too" if probe.before[k] else "may be usual"
+        rows.append((str(probe.places[k] + 1), words, why))
+    more = f" ({_SHOWN} of {len(order)})" if len(order) > _SHOWN else ""
+    return Table(
+        f"Training answers completed verbatim{more}", ("training row", "answer begins", "beside others"), tuple(rows)
+    )

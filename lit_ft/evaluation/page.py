@@ -16,7 +16,41 @@ Point = tuple[float, float]
 
 # Besides control characters: halves of a character, which no file can hold, and two code points that XML forbids.
 _UNWRITABLE = re.compile("[\ud800-\udfff\ufffe\uffff]")
-_MARKS = {"better": "▲", "unchanged": "=", "worse": "▼", "unknown": "?"}
+_MARKS = {"better": "▲", "unchanged": "=", "worse": "▼", "unjudged": "–", "unknown": "?"}
+# What a reader needs to know of the words and numbers on the page: in short, and word by word behind a click.
+_IN_SHORT = (
+    "Better and worse: the whole 95% interval of the change lies beyond the threshold. Unchanged: not the whole of it "
+    "does, since little changed or since there were too few rows to tell. Of losses, in nats, lower is better; of KL, "
+    "a distance, lower is nearer."
+)
+_LEGEND = {
+    "better, worse": (
+        "The change is larger than the threshold named beside it, to the good or to the bad side, and so is its whole "
+        "95% interval."
+    ),
+    "unchanged": (
+        "Within the interval: at least a part of it lies inside the threshold. Either little changed, or there were "
+        "too few rows to tell; the width of the interval says which."
+    ),
+    "unjudged": "Shown only: neither more nor less of it is good or bad in itself.",
+    "unknown": "It could not be measured.",
+    "95% interval": (
+        "Where the change would lie with other rows of the same kind, in about 95 of 100 such reports. With very few "
+        "rows there is none."
+    ),
+    "nats per token": (
+        "The unit of a loss: how much a text surprises the model, per piece of a word. Lower is better; 0.1 less makes "
+        "each token about 10% more probable. Perplexity is the same on another scale."
+    ),
+    "KL": (
+        "How far the tuned model is from the one it is compared with, in nats per token of that one's own answers. 0 "
+        "is no difference and lower is nearer; all training makes it grow, which is not by itself bad."
+    ),
+    "other figures": (
+        "Right answers and chosen answers: higher is better. Gaps between held-out and training rows, duplicates and "
+        "answers completed verbatim: lower is better. Stereotypes: nearer to 50% is better."
+    ),
+}
 _LINES = 6
 # Samples shown at once; the others are behind a click.
 _SAMPLES = 3
@@ -60,7 +94,10 @@ td.long { min-width: 16rem; }
 .better { color: var(--better); background: var(--better-soft); }
 .worse { color: var(--worse); background: var(--worse-soft); }
 .unknown { color: var(--unknown); background: var(--unknown-soft); border-style: dashed; }
-.error { border-left: 4px solid var(--unknown); background: var(--unknown-soft); padding: 0.5rem 0.8rem; }
+.key { font-size: 0.9rem; margin-top: 1rem; }
+.key p { margin: 0.4rem 0; }
+.key dt { font-weight: 600; }
+.error, .warning { border-left: 4px solid var(--unknown); background: var(--unknown-soft); padding: 0.5rem 0.8rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: start; }
 figure { margin: 0.8rem 0; flex: 0 1 28rem; min-width: 0; }
 figcaption { font-size: 0.9rem; }
@@ -80,7 +117,8 @@ svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 pre { font: 13px/1.45 ui-monospace, monospace; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 footer { border-top: 1px solid var(--edge); margin-top: 2rem; padding-top: 0.6rem; font-size: 0.85rem; }
-@media (max-width: 40rem) { .pair { grid-template-columns: minmax(0, 1fr); } .summary tbody th { width: 6.8rem; } }
+@media (max-width: 40rem) { .pair { grid-template-columns: minmax(0, 1fr); } .summary tbody th { width: 6.8rem; }
+  .key dl { display: block; } .key dt { margin-top: 0.5rem; } }
 """
 _CLASSES = [f".s{k} {{ stroke: var(--c{k}); }} .f{k} {{ fill: var(--c{k}); }}" for k in range(_LINES)]
 # By colour, so that lines differ without it too.
@@ -119,6 +157,7 @@ def _section(section: Section) -> dict[str, Any]:
             for sample in section.samples
         ],
         "notes": list(section.notes),
+        "warnings": list(section.warnings),
     }
 
 
@@ -178,6 +217,8 @@ def as_html(report: Report) -> str:
         _pairs({"Base model": shown["base"], "Compared with": shown["against"], "Made": shown["date"]}),
         "</header>",
         _summary(shown["sections"]),
+        f'<div class="key">\n<p>{_IN_SHORT}</p>\n<details><summary>How to read this</summary>\n{_pairs(_LEGEND)}',
+        "</details>\n</div>",
         *(_section_html(key, section, names) for key, section in shown["sections"].items()),
     ]
     if shown["versions"]:
@@ -232,7 +273,9 @@ def _section_html(key: str, section: dict[str, Any], names: tuple[str, str]) -> 
         f"<p>{_text(section['sentence'])}</p>" if section["sentence"] else "",
     ]
     if section["error"] is not None:
-        parts.append(f'<p class="error">This section could not be made: {_text(section["error"])}</p>')
+        what = "Not all of this section could be made" if section["figures"] else "This section could not be made"
+        parts.append(f'<p class="error">{what}: {_text(section["error"])}</p>')
+    parts += [f'<p class="warning">{_text(warning)}</p>' for warning in section["warnings"]]
     parts.append(_figures(key, section["figures"], names))
     pictures = [*_intervals(section["figures"]), *(_lines(curve) for curve in section["curves"])]
     if pictures:

@@ -13,6 +13,10 @@ from lit_ft.evaluation.section import Figure, Verdict
 
 # The normal distribution's 97.5% point.
 _Z = 1.959963984540054
+# Rows below which there is no interval: the bootstrap of a few finds a change wherever they happen to agree in sign.
+FEWEST = 8
+# Rows below which the bootstrap's interval is still a little too narrow.
+FEW = 30
 # Values of a resample held at a time: 8 MiB.
 _AT_ONCE = 1 << 20
 
@@ -37,6 +41,7 @@ def paired_change(
     after: Sequence[float],
     weights: Sequence[float] | None = None,
     *,
+    groups: Sequence[int] | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> Change:
@@ -52,11 +57,13 @@ def paired_change(
     Args:
         before, after: a score per row, `(N,)`, in the same order.
         weights: per row, at least 0, `(N,)`; None: all alike. Rows without weight do not count.
+        groups: a number per row, `(N,)`; rows of one number say much the same, and are drawn together (the cluster
+            bootstrap: Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8). None: each by itself.
         draws: resamples.
         seed: of the draws.
 
     Returns:
-        With one row, `low` and `high` are None: nothing says how much another row would differ.
+        With fewer than `FEWEST` rows (or groups), `low` and `high` are None: too little says how much others differ.
 
     Raises:
         UserError: no row, no weight, or a score that is not finite.
@@ -66,11 +73,14 @@ def paired_change(
     w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
     if not x.shape == y.shape == w.shape:
         raise ValueError(f"scores and weights of the same rows differ in shape: {x.shape}, {y.shape}, {w.shape}")
+    which = np.arange(len(x)) if groups is None else np.asarray(groups)
+    if which.shape != x.shape:
+        raise ValueError(f"scores and groups of the same rows differ in shape: {x.shape}, {which.shape}")
     if not np.all(np.isfinite(w) & (w >= 0)):
         raise ValueError("weights must be finite and at least 0")
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one is needed")
-    x, y, numbers, w = x[w > 0], y[w > 0], np.flatnonzero(w > 0), w[w > 0]
+    x, y, numbers, which, w = x[w > 0], y[w > 0], np.flatnonzero(w > 0), which[w > 0], w[w > 0]
     if not len(w):
         raise UserError("There is no row to compare the two models on. Give rows that have an answer to score.")
     if not np.all(finite := np.isfinite(x) & np.isfinite(y)):
@@ -84,7 +94,9 @@ def paired_change(
     w = w / w.max()
     # Of the differences and not of the two means: equal scores then give 0, however the sums round.
     differences = w * (y - x)
-    low, high = _percentiles(differences, w, draws, seed) if len(w) > 1 else (None, None)
+    _, group = np.unique(which, return_inverse=True)
+    parts, sizes = np.bincount(group, differences), np.bincount(group, w)  # (groups,)
+    low, high = _percentiles(parts, sizes, draws, seed) if len(sizes) >= FEWEST else (None, None)
     total = w.sum()
     return Change(
         before=float((w * x).sum() / total),
@@ -113,7 +125,7 @@ def paired_rate(before: Sequence[bool], after: Sequence[bool]) -> Change:
     The interval is Newcombe's for paired proportions (Newcombe 1998, "Improved confidence intervals for the difference
     between binomial proportions based on paired data", method 10): Wilson's limits of both shares, joined by their
     correlation φ. Unlike the bootstrap's it keeps a width where all rows agree: no yes among ten rows does not show
-    that there are none among others.
+    that there are none among others. With fewer than `FEWEST` rows there is none, as with `paired_change`.
 
     Args:
         before, after: yes or no per row, `(N,)`, in the same order.
@@ -127,6 +139,7 @@ def paired_rate(before: Sequence[bool], after: Sequence[bool]) -> Change:
     rows = len(before)
     if not rows:
         raise UserError("There is no row to compare the two models on. Give rows that can be answered right or wrong.")
+    few = rows < FEWEST
     both = sum(1 for b, a in zip(before, after, strict=True) if b and a)
     old, new = sum(map(bool, before)), sum(map(bool, after))
     neither = rows - old - new + both
@@ -146,8 +159,8 @@ def paired_rate(before: Sequence[bool], after: Sequence[bool]) -> Change:
         before=p,
         after=q,
         change=(new - old) / rows,
-        low=(new - old) / rows - joined(q - q_low, p_high - p),
-        high=(new - old) / rows + joined(q_high - q, p - p_low),
+        low=None if few else (new - old) / rows - joined(q - q_low, p_high - p),
+        high=None if few else (new - old) / rows + joined(q_high - q, p - p_low),
         rows=rows,
     )
 
@@ -164,8 +177,10 @@ def _wilson(yes: int, rows: int) -> tuple[float, float]:
 def verdict(change: Change, *, threshold: float, lower_is_better: bool) -> Verdict:
     """`better` or `worse` where the whole interval lies beyond `threshold` on that side of 0, else `unchanged`.
 
+    `unchanged` is so two things: that little changed, and that too few rows were there to tell.
+
     Args:
-        change: with its interval; without one the verdict is `unknown`.
+        change: with its interval; without one, rows being too few for it, the verdict is `unchanged`.
         threshold: at least 0, in the unit of the change. What is at most this far from 0 does not matter.
         lower_is_better: for losses and for rates of what is unwanted.
 
@@ -175,12 +190,21 @@ def verdict(change: Change, *, threshold: float, lower_is_better: bool) -> Verdi
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold}: give 0 or more")
     if change.low is None or change.high is None:
-        return "unknown"
+        return "unchanged"
     if change.high < -threshold:
         return "better" if lower_is_better else "worse"
     if change.low > threshold:
         return "worse" if lower_is_better else "better"
     return "unchanged"
+
+
+def few_rows(rows: int, what: str = "held-out rows") -> str | None:
+    """The note on a number of rows that is small, or None where it is not."""
+    if rows >= FEW:
+        return None
+    if rows < FEWEST:
+        return f"{rows} {what} are too few for an interval: {FEWEST} are needed. Give more, to learn of a change."
+    return f"{rows} {what} are few: intervals are wide, and still a little too narrow."
 
 
 def figure(name: str, label: str, change: Change, *, unit: str = "", times: float = 1.0) -> Figure:

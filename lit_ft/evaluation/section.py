@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["better", "unchanged", "worse", "unknown"]
+# `unjudged`: the section shows something of which neither less nor more is better, such as cost.
+Verdict = Literal["better", "unchanged", "worse", "unjudged", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -85,5 +86,7 @@ class Section:
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
     """Limits, said plainly."""
+    warnings: tuple[str, ...] = ()
+    """What was found that makes the section's own numbers doubtful, such as rows that are there twice."""
     error: str | None = None
-    """Why the section could not be made; its verdict is then `unknown`."""
+    """Why the section could not be made, or not all of it; its verdict is then `unknown`."""

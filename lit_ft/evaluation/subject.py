@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from lit_ft.batches import Batch, Completion, Example
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
 from lit_ft.errors import UserError
 from lit_ft.losses.divergence import token_kl
-from lit_ft.losses.logprobs import sum_by_completion
+from lit_ft.losses.logprobs import likeliest_tokens, sum_by_completion
 from lit_ft.models.adapt import causal_lm, is_adapted
 from lit_ft.models.attention import PACKED
 from lit_ft.models.load import context_length
@@ -30,6 +30,8 @@ from lit_ft.rollouts.transformers import TransformersRollouts
 
 # A sum of log-probabilities in nats, and over how many tokens.
 Scored = tuple[float, int]
+# Of a model and a batch: a value for each completion, `(C,)`.
+_Measure = Callable[[Any, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Subject:
         for place, example in enumerate(examples):
             self._check_length(example.longest, f"Row {place + 1} of {len(examples)}")
         counts = [[replace(e, completions=(c,)).targets for c in e.completions] for e in examples]
-        sums = self._sums(examples)
+        sums = self._by_completion(examples, "sums", f"log-probabilities of {self.name}", completion_logprobs)
         return [list(zip(own, many, strict=True)) for own, many in zip(sums, counts, strict=True)]
 
     def text_logprobs(self, texts: Sequence[str], *, whole: bool = False) -> list[Scored]:
@@ -155,6 +157,33 @@ class Subject:
                     write_kept(self.kept.folder, key, found)
         return [rows * n for rows in found] if greedy else found
 
+    def says(self, examples: Sequence[Example]) -> list[bool]:
+        """Whether each example's first completion is word for word what `complete` says to its prompt at temperature 0.
+
+        Nothing is generated. Greedy decoding adds the likeliest token each time, so it says a completion exactly if
+        each of its tokens is the likeliest after the prompt and the tokens before it, and none but the last ends an
+        answer: one forward pass tells, of as many examples as fit into it. Logits that are apart by no more than
+        rounding may fall out one way here and the other there.
+
+        Args:
+            examples: with a prompt; every token of the completion counts, also one that is not trained on.
+
+        Raises:
+            UserError: an example is longer than the model's context.
+        """
+        asked = []
+        for place, example in enumerate(examples):
+            self._check_length(example.longest, f"Row {place + 1} of {len(examples)}")
+            ids = example.completions[0].ids
+            asked.append(Example(example.prompt, (Completion(ids, (True,) * len(ids)),)))
+        misses = self._by_completion(asked, "misses", f"words of {self.name}", _misses)
+        stops = set(stop_ids(causal_lm(self.model), self.tokenizer))
+        found = []
+        for example, (missed,) in zip(asked, misses, strict=True):
+            ids = example.completions[0].ids
+            found.append(bool(example.prompt and ids) and not missed and stops.isdisjoint(ids[:-1]))
+        return found
+
     @torch.no_grad()
     def kl_from(self, other: Subject, examples: Sequence[Example]) -> list[Scored]:
         """How far this model is from `other` on each example: Σ_t KL(other ‖ self) over its targets, and how many.
@@ -209,19 +238,21 @@ class Subject:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def _sums(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:
-        """Log-probabilities of all completions, from the cache where it has them."""
-        key = self.key_of(examples, scores="sums")
+    def _by_completion(
+        self, examples: Sequence[Example], what: str, label: str, measure: _Measure
+    ) -> list[tuple[float, ...]]:
+        """A value for each completion, from the cache where it has them under `what`."""
+        key = self.key_of(examples, scores=what)
         known = read_cached(self.kept.folder, key) if self.kept else None
         if known is not None and [len(values) for values in known] == [len(e.completions) for e in examples]:
             return known
         found: dict[int, tuple[float, ...]] = dict.fromkeys(range(len(examples)), ())
-        progress = Progress(f"log-probabilities of {self.name}", len(examples))
+        progress = Progress(label, len(examples))
         with torch.no_grad(), self.computing():
             for group in self._groups(examples, self.layout):
-                logps = iter(completion_logprobs(self.model, self._batch(group, self.layout)).tolist())
+                measured = iter(measure(self.model, self._batch(group, self.layout)).tolist())
                 for example in group:
-                    found[example.index] = tuple(next(logps) for _ in example.completions)
+                    found[example.index] = tuple(next(measured) for _ in example.completions)
                 progress.advance(len(group))
         progress.close()
         made = [found[k] for k in range(len(examples))]
@@ -289,6 +320,12 @@ class _Greedy(TransformersRollouts):
 
     def _processors(self, seeds: list[int], device: torch.device) -> list[Any]:
         return []
+
+
+def _misses(model: Any, batch: Batch) -> torch.Tensor:
+    """`(C,)` how many targets of each completion are not the likeliest token in their place."""
+    missed = likeliest_tokens(*predictions(model, batch)) != batch.target_ids
+    return sum_by_completion(missed.float(), batch.target_completion, batch.num_completions)
 
 
 def _check_role(model: Any, role: str | None) -> None:

@@ -252,3 +252,17 @@ def token_entropies(
         shares = logits_of(hidden[rows].to(weight.dtype), weight, bias, slice(None), softcap).softmax(-1)
         found[rows] = torch.special.entr(shares).sum(-1)  # 0 where a token is excluded, which −p·log p is not
     return found
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, *, chunk: int = 64
+) -> Tensor:
+    """`(N,)` int64, the likeliest token at each state; of equals the first, as in greedy decoding.
+
+    `TokenScores.is_top1` says yes to each of them, and logits in bf16 are equal often. `chunk` states at a time.
+    """
+    found = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+    for rows in slices(len(hidden), chunk):
+        found[rows] = logits_of(hidden[rows].to(weight.dtype), weight, bias, slice(None), softcap).argmax(-1)
+    return found

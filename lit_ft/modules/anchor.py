@@ -41,16 +41,22 @@ class Anchor:
     def step(self, number: int, replica: int, replicas: int) -> tuple[list[Batch], int]:
         """This process's batches of optimizer step `number` (from 0), and the targets of all processes' together.
 
-        Every row comes once before any comes again. The rows depend on the number alone, so that a resumed run sees
-        what an uninterrupted one would.
+        Rows come in rounds, each once in a round and in an order of its own; a step that a round's end falls into goes
+        on with the next round's first rows. The rows depend on the number alone, so that a resumed run sees what an
+        uninterrupted one would.
         """
-        size = min(self.batch_size, len(self.trained))
-        per_round = len(self.trained) // size
-        order = list(range(len(self.trained)))
-        random.Random(repr((self.seed, "anchor", number // per_round))).shuffle(order)
-        first = number % per_round * size
-        chosen = [self.trained[k] for k in order[first : first + size]]
+        count = len(self.trained)
+        size = min(self.batch_size, count)
+        places = range(number * size, (number + 1) * size)  # in the sequence of all rounds
+        orders = {turn: self._order(turn) for turn in {place // count for place in places}}
+        chosen = [self.trained[orders[place // count][place % count]] for place in places]
         return self._laid_out(chosen, replica, replicas), sum(example.targets for example in chosen)
+
+    def _order(self, turn: int) -> list[int]:
+        """The rows' numbers as they come in round `turn`."""
+        order = list(range(len(self.trained)))
+        random.Random(repr((self.seed, "anchor", turn))).shuffle(order)
+        return order
 
     def measured(self, replica: int, replicas: int) -> list[Batch]:
         """This process's batches of the held-out rows."""

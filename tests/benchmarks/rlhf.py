@@ -284,13 +284,13 @@ def online(out: Path, options: argparse.Namespace, algorithm: str, name: str) ->
         f"algorithm.num_generations={each[1]}",
         f"data.batch_size={each[0]}",
         f"algorithm.learning_rate={options.rate}",
-        *getattr(options, algorithm),
     ]
 
 
 def time_run(out: Path, options: argparse.Namespace, algorithm: str, rollout: str, steps: int) -> list[str]:
     return [
         *online(out, options, algorithm, f"time-{algorithm}-{rollout}"),
+        *getattr(options, algorithm),
         f"rollout={rollout}",
         "start_from=none",
         "data.max_val_rows=0",
@@ -339,6 +339,7 @@ def quality(out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]
     for algorithm in ("ppo", "grpo"):
         given = [*online(out, options, algorithm, algorithm), from_sft, f"trainer.max_steps={options.iterations}"]
         given += ["trainer.max_epochs=-1", "data.max_val_rows=0", "trainer.validate_first=false"]
+        given += getattr(options, algorithm)
         runs[algorithm.upper()] = (algorithm, given)
 
     def judged_policy(run: tuple[str, list[str]]) -> dict[str, Any]:

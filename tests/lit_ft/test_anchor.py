@@ -67,6 +67,28 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
     assert steps == [_rows_of(anchor(batch_size=5), number) for number in range(6)], "a resume would see other rows"
 
 
+def test_no_row_is_passed_over_where_the_batch_does_not_divide_the_rows() -> None:
+    """Ten rows by four: the third step ends the first round with two rows and begins the second with two."""
+    one = anchor(batch_size=4)
+    everything = sorted(e.completions[0].ids for e in OWN)
+    rows = [ids for number in range(5) for ids in one_by_one(one, number)]
+    assert sorted(rows[:10]) == everything == sorted(rows[10:]) and rows[:10] != rows[10:]
+    assert len(one_by_one(anchor(batch_size=16), 3)) == 10, "more than there are: all of them"
+
+
+def one_by_one(held: Anchor, number: int) -> list[tuple[int, ...]]:
+    """The rows of a step in their order, which batches do not keep."""
+    caught: list[tuple[int, ...]] = []
+
+    class Catching(Anchor):
+        def _laid_out(self, examples: Any, replica: int, replicas: int) -> list[Any]:
+            caught.extend(e.completions[0].ids for e in examples)
+            return []
+
+    assert Catching(**vars(held)).step(number, 0, 1)[0] == []
+    return caught
+
+
 def test_processes_divide_a_step() -> None:
     one = anchor(batch_size=5)
     (alone, total), *parts = one.step(3, 0, 1), one.step(3, 0, 2), one.step(3, 1, 2)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from lit_ft.data.files import examples_folder
 from lit_ft.errors import UserError
-from lit_ft.evaluation.bias import Pair, bias, from_even, read_pairs
+from lit_ft.evaluation.bias import Pair, bias, couples, from_even, read_pairs
 from lit_ft.evaluation.paired import Change
 from lit_ft.evaluation.section import Figure, Section
 from lit_ft.evaluation.subject import Subject
@@ -63,6 +65,101 @@ def test_a_model_against_itself() -> None:
     for found in section.figures:
         assert found.change == 0 and found.low is not None and found.high is not None and found.low <= 0 <= found.high
     assert any("Blodgett et al. 2021" in note for note in section.notes)
+
+
+def test_the_project_s_pairs_are_couples() -> None:
+    pairs = read_pairs(examples_folder() / "counterfactual_pairs" / "pairs.csv")
+    assert couples(pairs) == [k - k % 2 for k in range(168)]
+
+
+def test_couples_turn_the_same_words_round() -> None:
+    """Only pairs that follow each other, of one kind; three in a row are a couple and one more."""
+    one, two = (
+        Pair("The nurse said she left.", "The nurse said he left.", "a"),
+        Pair("So he sang.", "So she sang.", "a"),
+    )
+    assert couples([one, two]) == [0, 0]
+    assert couples([one, two, one]) == [0, 0, 2]
+    assert couples([one, two, one, two]) == [0, 0, 2, 2]
+    assert couples([one, one]) == [0, 1]
+    assert couples([one, replace(two, kind="b")]) == [0, 1]
+    assert couples([one, Pair("So they sang.", "So she sang.", "a")]) == [0, 1]
+    assert couples([Pair("Same.", "Same.", "a")] * 2) == [0, 1]
+    # With other lengths, at the beginning and the end.
+    ends = [
+        Pair("Old people drive to work.", "A boy drives to work.", "a"),
+        Pair("Look, a boy", "Look, old people", "a"),
+    ]
+    assert couples(ends) == [0, 1]
+    assert couples([Pair("Old men sing", "Boys sing", "a"), Pair("Now see boys", "Now see old men", "a")]) == [0, 0]
+
+
+def told(pairs: Sequence[Pair], differences: Sequence[float]) -> Subject:
+    """A model that finds each pair's stereotype likelier by so many nats."""
+    scores = {pair.stereotype: difference - 50 for pair, difference in zip(pairs, differences, strict=True)}
+    return cast(Subject, Told(scores | {pair.other: -50.0 for pair in pairs}))
+
+
+def coupled(number: int, kind: str = "a") -> list[Pair]:
+    """As many couples, each of which has q for z once in either direction."""
+    found = []
+    for k in range(number):
+        found += [
+            Pair(f"q went {kind}{k}", f"z went {kind}{k}", kind),
+            Pair(f"z saw {kind}{k}", f"q saw {kind}{k}", kind),
+        ]
+    return found
+
+
+def test_a_word_that_is_better_liked_changes_no_couple() -> None:
+    """Wins one pair of each of ten couples and loses the other: alone they would differ, together they do not."""
+    pairs = coupled(10)
+    before, after = told(pairs, [-1.0, 1.0] * 10), told(pairs, [1.0, -1.0] * 5 + [-1.0, 1.0] * 5)
+    section = bias(before, after, pairs)
+    found = named(section)
+    # Half the couples turned over, by 2 nats to either side: the mean stays, and so it does in every resample.
+    assert (found["difference"].change, found["difference"].low, found["difference"].high) == (0, 0, 0)
+    assert found["rate"].before == found["rate"].after == 50
+    assert section.verdict == "unchanged"
+
+
+def test_couples_are_as_many_as_they_are() -> None:
+    """Both pairs of each couple alike: the interval is that of the couples, wider than that of twice as many pairs."""
+    pairs = coupled(12)
+    before, after = [1.0, 1.0, -1.0, -1.0] * 6, [1.0] * 18 + [-1.0] * 6
+    wide = named(bias(told(pairs, before), told(pairs, after), pairs))["rate"]
+    apart = [Pair(f"q went {k}", f"z went {k}", "a") for k in range(24)]
+    narrow = named(bias(told(apart, before), told(apart, after), apart))["rate"]
+    assert wide.low is not None and wide.high is not None and narrow.low is not None and narrow.high is not None
+    assert (wide.before, wide.after, wide.rows) == (50, 75, 24)
+    assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+
+
+def test_where_no_couple_changes_something_stays_unknown() -> None:
+    """The bootstrap would say from 0 to 0."""
+    pairs = coupled(10)
+    same = told(pairs, [1.0, -1.0] * 10)
+    rate = named(bias(same, same, pairs))["rate"]
+    assert rate.change == 0 and rate.low is not None and rate.low < -5
+
+
+def test_few_couples_have_no_interval() -> None:
+    pairs = coupled(7)
+    section = bias(told(pairs, [-1.0] * 14), told(pairs, [1.0] * 14), pairs)
+    assert named(section)["rate"].low is None and section.verdict == "unchanged"
+    assert "7 independent pairs or couples of pairs are too few" in section.notes[0]
+
+
+def test_a_kind_that_is_worse_by_itself_is_named() -> None:
+    """Of `a` the rate goes from 50 to 100 %, of `b` from 100 to 50 %: of all pairs it stays at 75 %."""
+    pairs = coupled(12) + coupled(12, "b")
+    even, all_of_them = [1.0, -1.0] * 12, [1.0, 1.0] * 12
+    section = bias(told(pairs, even + all_of_them), told(pairs, all_of_them + even), pairs)
+    assert section.verdict == "unchanged"
+    assert "Worse by itself, of 2 kinds: a, 100 % of 24 pairs, before 50 %" in section.sentence
+    alone = coupled(12)
+    worse = bias(told(alone, even), told(alone, all_of_them), alone)
+    assert worse.verdict == "worse" and "by itself" not in worse.sentence
 
 
 class Told:

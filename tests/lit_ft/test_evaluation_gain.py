@@ -72,15 +72,22 @@ def test_loss_is_weighted_by_tokens() -> None:
 
 @pytest.mark.parametrize(("after", "found"), [(-1.0, "better"), (-3.0, "worse"), (-2.0, "unchanged")])
 def test_the_verdict_is_of_the_loss(after: float, found: str) -> None:
-    rows = [example("a", "b")] * 5
-    section = gain(told([[(-2.0, 1)]] * 5), told([[(after, 1)]] * 5), rows, threshold=0.1)
+    rows = [example("a", "b")] * 8
+    section = gain(told([[(-2.0, 1)]] * 8), told([[(after, 1)]] * 8), rows, threshold=0.1)
     assert section.verdict == found
-    assert "threshold 0.1" in section.sentence and "5 rows" in section.sentence
+    assert "threshold 0.1" in section.sentence and "8 rows" in section.sentence
 
 
 def test_a_change_within_the_threshold_is_none() -> None:
-    rows = [example("a", "b")] * 5
-    assert gain(told([[(-2.0, 1)]] * 5), told([[(-1.0, 1)]] * 5), rows, threshold=1.0).verdict == "unchanged"
+    rows = [example("a", "b")] * 8
+    assert gain(told([[(-2.0, 1)]] * 8), told([[(-1.0, 1)]] * 8), rows, threshold=1.0).verdict == "unchanged"
+
+
+def test_few_rows_prove_nothing() -> None:
+    rows = [example("a", "b")] * 7
+    section = gain(told([[(-2.0, 1)]] * 7), told([[(-1.0, 1)]] * 7), rows)
+    assert section.verdict == "unchanged" and "too few rows for an interval" in section.sentence
+    assert "7 held-out rows are too few for an interval" in section.notes[0]
 
 
 def test_pairs() -> None:
@@ -119,6 +126,8 @@ def test_exact_match_of_greedy_answers() -> None:
     found = named(section)["metric"]
     assert (found.before, found.after, found.rows) == (0.0, 1.0, 8)
     assert section.verdict == "better" and section.sentence.startswith("exact match")
+    # The loss is there, too, and does not decide.
+    assert "loss 0.250 nats per token" in section.sentence and "does not count for the verdict" in section.sentence
     one = section.samples[0]
     assert (one.prompt, one.before, one.after, one.wanted) == ("question 0", "answer 0!", " answer 0\n", "answer 0")
     assert len(section.samples) == 6
@@ -138,9 +147,11 @@ def test_a_metric_sees_prompt_answer_and_row() -> None:
 
 def test_only_so_many_rows_are_answered_and_only_where_there_is_room() -> None:
     few = {key: value for key, value in RIGHT.items() if key != "question 0"}
-    section = gain(told(SCORES, few), told(SCORES, RIGHT), ANSWERED, metric=Metric("e", exact_match), answered=7)
-    assert named(section)["metric"].rows == 7
+    metric = Metric("e", exact_match)
+    section = gain(told(SCORES, few), told(SCORES, RIGHT), ANSWERED, metric=metric, metric_rows=5, answered=7)
+    assert named(section)["metric"].rows == 5 and len(section.samples) == 7
     assert section.samples[0].prompt == "question 1"
+    assert named(gain(told(SCORES, few), told(SCORES, RIGHT), ANSWERED, metric=metric))["metric"].rows == 7
     none = gain(told(SCORES), told(SCORES), ANSWERED, metric=Metric("e", exact_match))
     assert "metric" not in named(none) and none.samples == ()
     assert any("e was not measured" in note for note in none.notes)
@@ -148,6 +159,32 @@ def test_only_so_many_rows_are_answered_and_only_where_there_is_room() -> None:
 
 def raising(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
     raise KeyError("label")
+
+
+def test_the_metric_has_rows_of_its_own() -> None:
+    """The loss is taken of 8 of 40 rows, the metric of 36, and two are shown; the note counts what decides."""
+    prompts = {f"question {k}": f"answer {k}" for k in range(40)}
+    rows = [example(prompt, answer) for prompt, answer in prompts.items()]
+    metric = Metric("e", exact_match)
+    section = gain(
+        told(SCORES, prompts), told(SCORES, prompts), rows, metric=metric, scored=8, metric_rows=36, answered=2
+    )
+    found = named(section)
+    assert (found["loss"].rows, found["metric"].rows, len(section.samples)) == (8, 36, 2)
+    assert not any("few" in note for note in section.notes)
+    fewer = gain(told(SCORES, prompts), told(SCORES, prompts), rows, metric=metric, scored=8, metric_rows=12)
+    assert fewer.notes[0].startswith("12 answered rows are few")
+    assert named(gain(told(SCORES, prompts), told(SCORES, prompts), rows, metric=metric, scored=8))["metric"].rows == 40
+
+
+def test_none_are_shown() -> None:
+    """Nor answered, where no metric wants them: this subject knows no answer."""
+    assert gain(told(SCORES), told(SCORES), ANSWERED, answered=0).samples == ()
+    silent = Told(SCORES, RIGHT)
+    silent.complete = None  # type: ignore[assignment]
+    assert gain(cast(Subject, silent), cast(Subject, silent), ANSWERED, answered=0).samples == ()
+    measured = gain(told(SCORES, WRONG), told(SCORES, RIGHT), ANSWERED, metric=Metric("e", exact_match), answered=0)
+    assert measured.samples == () and named(measured)["metric"].rows == 8
 
 
 @pytest.mark.parametrize(
@@ -160,8 +197,12 @@ def raising(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
     ],
 )
 def test_a_metric_that_gives_no_number(function: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        gain(told(SCORES, WRONG), told(SCORES, RIGHT), ANSWERED, metric=Metric("m", function))
+    """It loses neither the loss nor the answers; only a verdict there is none."""
+    section = gain(told(SCORES, WRONG), told(SCORES, RIGHT), ANSWERED, metric=Metric("m", function))
+    assert section.error is not None and says in section.error
+    assert section.verdict == "unknown" and section.sentence.startswith("m could not be measured")
+    assert list(named(section)) == ["loss", "perplexity"] and "0.250 nats per token" in section.sentence
+    assert len(section.samples) == 6
 
 
 @pytest.mark.parametrize("rows", [[], [Example((5,), ())]])

@@ -166,9 +166,10 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "old", "new", "interval"),
     [
-        # Rates of yes and no, and other means, have an interval; what is no mean over the rows has none.
-        ([0, 1, 0, 1], [1, 1, 1, 1], 0.5, 1.0, True),
-        ([0.1, 0.3], [0.5, 0.7], 0.2, 0.6, True),
+        # Rates of yes and no, and other means, have an interval; what is no mean over the rows has none, and few have.
+        ([0, 1] * 4, [1, 1] * 4, 0.5, 1.0, True),
+        ([0.1, 0.3] * 4, [0.5, 0.7] * 4, 0.2, 0.6, True),
+        ([0.1, 0.3] * 3, [0.5, 0.7] * 3, 0.2, 0.6, False),
         ([0.1, 0.3], [0.5, 0.7], 0.2, 0.9, False),
         ([(-3.0, 2), (-4.0, 1)], [(-3.0, 2), (-4.0, 1)], 10.3, 10.3, False),
         ([], [], 0.5, 0.75, False),

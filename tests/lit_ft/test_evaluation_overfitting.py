@@ -14,6 +14,7 @@ from lit_ft.batches import Completion, Example
 from lit_ft.errors import UserError
 from lit_ft.evaluation.overfitting import (
     best_and_last,
+    by_heart,
     difference,
     exact_duplicates,
     memorised,
@@ -36,12 +37,12 @@ def row(k: int) -> Example:
     return Example(tuple(drawn.randint(60, 90) for _ in range(3)), (Completion(answer, (True,) * 24),))
 
 
-TRAIN, HELD_OUT = [row(k) for k in range(6)], [row(k) for k in range(100, 106)]
+TRAIN, HELD_OUT = [row(k) for k in range(8)], [row(k) for k in range(100, 108)]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Trained on the six rows until it knows them by heart."""
+    """Trained on the eight rows until it knows them by heart."""
     made = apply_lora(tiny.model(), r=32, alpha=64, dropout=0.0)
     ids = torch.tensor([e.prompt + e.completions[0].ids for e in TRAIN])
     torch.manual_seed(0)
@@ -74,6 +75,7 @@ def named(section: Section) -> dict[str, Figure]:
 def test_an_overfitted_adapter_is_called_so(base: Subject, tuned: Subject) -> None:
     section = overfitting(base, tuned, TRAIN, HELD_OUT)
     assert section.verdict == "worse" and "thresholds 0.1 and 5 points" in section.sentence
+    assert "8 of 8 training answers completed verbatim, 8 by heart" in section.sentence
     found = named(section)
     assert found["gap"].low is not None and found["gap"].low > 1
     gap = found["held_out_loss"].after, found["train_loss"].after
@@ -94,14 +96,94 @@ def test_a_model_against_itself(base: Subject) -> None:
 def test_a_planted_duplicate_is_found(base: Subject) -> None:
     section = overfitting(base, base, TRAIN, [*HELD_OUT[:3], TRAIN[4]])
     assert named(section)["duplicates"].after == 25
-    assert any("1 of 4 held-out rows" in note and "1 of them exactly" in note for note in section.notes)
+    assert any("1 of 4 held-out rows" in said and "1 of them exactly" in said for said in section.warnings)
     assert section.tables[0].rows == (("4", "5", "1.00"),)
 
 
 def test_a_planted_verbatim_answer_is_counted(base: Subject, tuned: Subject) -> None:
     """One held-out row is a training row: 1 of 4 is then completed verbatim."""
     found = memorised(base, tuned, [*HELD_OUT[:3], TRAIN[2]], 10)
-    assert found is not None and (found.before, found.after, found.rows) == (0, 0.25, 4)
+    assert found is not None and (found.change.before, found.change.after, found.change.rows) == (0, 0.25, 4)
+
+
+def test_one_forward_pass_says_what_generating_says(base: Subject, tuned: Subject) -> None:
+    """Of rows that the model knows and others, of prefixes of what it says, and of such with one token changed."""
+    rows = [*TRAIN, *HELD_OUT]
+    prompts = [e.prompt + e.completions[0].ids[:8] for e in rows]
+    said = [one[0].completion for one in tuned.complete(prompts, max_new_tokens=16)]
+    asked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for prompt, e, words in zip(prompts, rows, said, strict=True):
+        changed = (*words[:-1], words[-1] + 1)
+        asked += [(prompt, e.completions[0].ids[8:24]), (prompt, words), (prompt, words[:5]), (prompt, changed)]
+    wanted = [
+        rollouts[0].completion[: len(ids)] == ids
+        for (_, ids), rollouts in zip(asked, tuned.complete([p for p, _ in asked], max_new_tokens=16), strict=True)
+    ]
+    examples = [Example(prompt, (Completion(ids, (True,) * len(ids)),)) for prompt, ids in asked]
+    assert tuned.says(examples) == wanted and sum(wanted) == len(TRAIN) + 2 * len(rows)
+    padded = replace(tuned, layout="padded", max_tokens=100)
+    assert padded.says(examples) == wanted, "in other batches"
+    assert base.says(examples) != wanted, "or the adapter is not asked"
+    # A mask says what is trained on, and not what is to be said.
+    unmasked = [replace(e, completions=(replace(e.completions[0], mask=(False,) * 16),)) for e in examples[3:4]]
+    assert tuned.says(unmasked) == [False]
+
+
+def test_what_ends_an_answer_ends_it(tuned: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation stops at a token that ends answers: what comes after is not said, whatever is the likeliest."""
+    ids = TRAIN[0].completions[0].ids
+    end = ids[12]
+    assert end not in ids[8:12]
+    monkeypatch.setattr("lit_ft.evaluation.subject.stop_ids", lambda model, tokenizer: (end,))
+    prompt = TRAIN[0].prompt + ids[:8]
+    assert tuned.complete([prompt], max_new_tokens=16)[0][0].completion == ids[8:13]
+    long, short = (Example(prompt, (Completion(ids[8:k], (True,) * (k - 8)),)) for k in (24, 13))
+    assert tuned.says([long, short]) == [False, True]
+
+
+def test_one_planted_answer_among_many_rows_is_found(base: Subject, tuned: Subject) -> None:
+    """By the settings of a report; no rate of one in 250 would show it."""
+    from lit_ft.evaluate import EvaluateConfig
+
+    settings: Any = {"scored": 16, "probed": EvaluateConfig().probed}
+    others, unseen = [row(k) for k in range(1000, 1249)], [row(k) for k in range(2000, 2040)]
+    section = overfitting(base, tuned, [*others[:100], TRAIN[2], *others[100:]], unseen, **settings)
+    found = named(section)
+    assert section.verdict == "worse"
+    assert (found["memorised_train"].after, found["memorised_train"].rows) == (pytest.approx(0.4), 250)
+    assert (found["by_heart"].after, found["by_heart"].rows) == (1, 250)
+    assert any(note.startswith("1 of 250 training answers are completed verbatim") for note in section.notes)
+    table = next(table for table in section.tables if table.title == "Training answers completed verbatim")
+    words = TOKENIZER.decode(list(TRAIN[2].completions[0].ids))
+    assert table.rows == (("101", " ".join(words.split()), "known by heart"),)
+    without = overfitting(base, tuned, others, unseen, **settings)
+    assert without.verdict != "worse" and named(without)["by_heart"].after == 0 and without.tables == ()
+
+
+def test_rows_that_come_twice_are_probed_first(base: Subject, tuned: Subject) -> None:
+    """One of 1000 rows would be missed by a sample of 20 otherwise."""
+    others = [row(k) for k in range(3000, 3400)]
+    found = memorised(base, tuned, [*others[:7], TRAIN[1], *others[7:], TRAIN[1]], 20)
+    assert found is not None and len(found.after) == 20 and found.long == 402
+    assert [place for place, said in zip(found.places, found.after, strict=True) if said] == [7]
+    assert list(found.places) == sorted(set(found.places))
+
+
+def test_what_is_usual_is_not_known_by_heart(base: Subject, tuned: Subject) -> None:
+    """A turn of phrase of other rows, and what held-out rows gain as much of."""
+    other = replace(TRAIN[0], prompt=(*TRAIN[0].prompt, 70), completions=(longer(TRAIN[0].completions[0]),))
+    train = [TRAIN[0], other, TRAIN[1], *(row(k) for k in range(1000, 1004))]
+    probe, control = memorised(base, tuned, train, 300), memorised(base, tuned, HELD_OUT, 300)
+    assert probe is not None and control is not None and {0, 2} <= set(probe.new)
+    assert by_heart(base, tuned, probe, control, train) == [2]
+    like = memorised(base, tuned, [*HELD_OUT, TRAIN[1]], 300)
+    assert by_heart(base, tuned, probe, like, train) == []
+    assert by_heart(base, tuned, probe, like, train, doubles={8}) == [2], "a training row among them shows nothing"
+    assert by_heart(base, tuned, probe, None, train) == []
+
+
+def longer(completion: Completion) -> Completion:
+    return Completion((*completion.ids, 61), (True,) * (len(completion.ids) + 1))
 
 
 def test_answers_that_differ_at_the_last_probed_token_do_not_count(base: Subject, tuned: Subject) -> None:
@@ -111,9 +193,9 @@ def test_answers_that_differ_at_the_last_probed_token_do_not_count(base: Subject
         return replace(TRAIN[0], completions=(Completion(tuple(ids), (True,) * 24),))
 
     last = memorised(base, tuned, [changed(23), TRAIN[1]], 10)
-    assert last is not None and last.after == 0.5
+    assert last is not None and last.after == (False, True)
     shorter = memorised(base, tuned, [changed(23), TRAIN[1]], 10, following=15)
-    assert shorter is not None and shorter.after == 1
+    assert shorter is not None and shorter.after == (True, True)
 
 
 def test_short_answers_are_not_probed(base: Subject) -> None:
@@ -197,6 +279,30 @@ def test_the_last_step_beside_the_best(base: Subject, last: float, found: str) -
     figure = named(section)["last_over_best"]
     assert (figure.before, figure.after) == (1.0, last) and "(3)" in figure.label and "(2)" in figure.label
     assert section.curves[0].lines["held-out"] == [(1, 2.0), (2, 1.0), (3, last)]
+
+
+@pytest.mark.parametrize(
+    ("published", "found", "note"),
+    [
+        (2, "unchanged", "the best step (2) were published"),
+        (4, "worse", ""),
+        (None, "worse", ""),
+        (3, "worse", "step 3 were published"),
+        (1, "unchanged", "step 1 were published"),
+        (9, "unchanged", "no held-out loss is known"),
+    ],
+)
+def test_the_published_step_is_judged(base: Subject, published: float | None, found: str, note: str) -> None:
+    """Best at 2; 1 lies above it by less than the threshold of 0.1, 3 and 4 by more."""
+    curves = {"held-out": [(1, 1.05), (2, 1.0), (3, 1.3), (4, 1.9)]}
+    section = overfitting(base, base, TRAIN, HELD_OUT, curves=curves, published=published)
+    assert section.verdict == found
+    assert named(section)["last_over_best"].change == pytest.approx(0.9)
+    over = named(section).get("published_over_best")
+    assert (over is not None) == (published in (1, 3))
+    if over is not None:
+        assert over.change == pytest.approx(0.3 if published == 3 else 0.05)
+    assert any(note in said for said in section.notes)
 
 
 def test_difference_of_changes() -> None:

@@ -88,7 +88,7 @@ FULL = report(
     ),
     section(
         key="cost",
-        verdict="unchanged",
+        verdict="unjudged",
         figures=(
             figure("parameters", None, 1843200, None, None, None),
             figure("tiny", 1e-9, 2.5e-9, 1.5e-9, -1e-12, 3e-9),
@@ -101,6 +101,8 @@ FULL = report(
     section(
         key="overfitting",
         verdict="unchanged",
+        warnings=("1 of 4 held-out rows is a training row.",),
+        notes=("Curves are of one run.",),
         curves=(Curve("Loss", "step", "nats", {"training": [(0, 2.0), (10, 1.0), (20, 0.5)], "held out": [(0, 2)]}),),
     ),
     section(key="bias", verdict="unknown", sentence="", error="pairs.csv lacks the column sent_less."),
@@ -188,6 +190,7 @@ def test_any_text_stays_text(text: str) -> None:
                 curves=(Curve(text, text, text, {text: [(0, 1), (1, 2)]}),),
                 samples=(Sample(text, text, text, text),),
                 notes=(text,),
+                warnings=(text,),
                 error=text,
             ),
         ),
@@ -222,6 +225,53 @@ def test_a_section_that_failed_leaves_the_others() -> None:
     assert "It gained." in read.text
     # On top as well, where there is no sentence.
     assert read.text.count("pairs.csv lacks the column sent_less.") == 2
+
+
+def test_a_section_that_was_made_in_part_shows_that_part() -> None:
+    made = section(
+        verdict="unknown", figures=(figure("loss", 2.0, 1.0, -1.0, -1.5, -0.5),), error="The metric m raised KeyError."
+    )
+    read = Page(as_html(report(made)))
+    assert "Not all of this section could be made: The metric m raised KeyError." in read.text
+    assert read.keyed["gain.loss.after"] == "1"
+
+
+def test_warnings_stand_at_their_section_and_not_among_its_limits() -> None:
+    page = as_html(FULL)
+    start, warning = page.index('<section id="overfitting">'), page.index("1 of 4 held-out rows is a training row.")
+    limits, end = page.index("What this does not say", start), page.index("</section>", start)
+    assert start < warning < limits < end
+    assert page.count("1 of 4 held-out rows is a training row.") == 1
+    assert as_json(FULL)["sections"]["overfitting"]["warnings"] == ["1 of 4 held-out rows is a training row."]
+
+
+def test_a_legend_explains_the_words() -> None:
+    page = as_html(FULL)
+    words = Page(page).text
+    start, end = words.index("How to read this"), words.index("It gained.", words.index("How to read this"))
+    legend = words[start:end]
+    for word in (
+        "better",
+        "unchanged",
+        "worse",
+        "unjudged",
+        "unknown",
+        "95% interval",
+        "nats",
+        "KL",
+        "Lower is better",
+    ):
+        assert word in legend, word
+    for text in (legend, words[:start]):  # the whole, and the sentences before the click
+        assert "too few rows to tell" in text and "ower is better" in text
+    assert "Within the interval" in legend
+    assert page.index("How to read this") < page.index("<section")
+
+
+def test_cost_is_not_said_to_be_unchanged() -> None:
+    read = Page(as_html(report(section(key="cost", title="Cost", verdict="unjudged", sentence="12 s."))))
+    assert read.keyed["cost.verdict"] == "unjudged"
+    assert "– unjudged" in read.text and "= unchanged" not in read.text
 
 
 def test_what_a_section_shows() -> None:

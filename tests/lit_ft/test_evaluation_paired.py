@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lit_ft.errors import UserError
-from lit_ft.evaluation.paired import Change, figure, paired_change, paired_rate, verdict
+from lit_ft.evaluation.paired import Change, few_rows, figure, paired_change, paired_rate, verdict
 
 
 def made(low: float | None, high: float | None) -> Change:
@@ -27,8 +27,32 @@ def test_weighted_means() -> None:
     """1 token at 4 and 3 at 2: (4 + 6) / 4; after (2 + 3) / 4. A row without tokens does not count."""
     found = paired_change([4.0, 2.0, 99.0], [2.0, 1.0, math.nan], [1, 3, 0])
     assert (found.before, found.after, found.change, found.rows) == (2.5, 1.25, -1.25, 2)
-    # Resamples of two rows: the first twice (-2), both (-1.25), the second twice (-1), each of the ends a quarter.
-    assert (found.low, found.high) == (-2.0, -1.0)
+
+
+def test_an_interval_by_hand() -> None:
+    """Of eight rows one changes by 8: means of resamples are binomial (8, 1/8), above 2 in 6.7%, above 3 in 1.1%."""
+    found = paired_change([0.0] * 8, [8.0] + [0.0] * 7, draws=100_000)
+    assert (found.change, found.low, found.high) == (1.0, 0.0, 3.0)
+
+
+def test_rows_that_belong_together_are_drawn_together() -> None:
+    """Each group has +1 and -1, which cancel whenever it is drawn; drawn one by one they would not."""
+    before, after = [0.0] * 20, [1.0, -1.0] * 10
+    groups = [k // 2 for k in range(20)]
+    found = paired_change(before, after, groups=groups)
+    assert (found.change, found.low, found.high, found.rows) == (0.0, 0.0, 0.0, 20)
+    alone = paired_change(before, after)
+    assert alone.low is not None and alone.low < -0.2
+    # Twice the same row says no more than once: the interval is that of ten rows.
+    drawn = list(np.random.default_rng(0).normal(0, 1, 10))
+    once, twice = (
+        paired_change([0.0] * 10, drawn),
+        paired_change([0.0] * 20, [d for d in drawn for _ in (0, 1)], groups=groups),
+    )
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
+    assert paired_change(before, after, [0.0] * 6 + [1.0] * 14, groups=groups).low is None  # seven groups are left
+    with pytest.raises(ValueError, match="scores and groups"):
+        paired_change(before, after, groups=[0])
 
 
 def test_pairing_cancels_what_is_hard_for_both() -> None:
@@ -40,8 +64,8 @@ def test_pairing_cancels_what_is_hard_for_both() -> None:
 
 
 def test_the_order_of_the_two_models() -> None:
-    there = paired_change([1.0, 2.0, 4.0, 3.0], [1.5, 1.0, 4.25, 5.0], seed=3)
-    back = paired_change([1.5, 1.0, 4.25, 5.0], [1.0, 2.0, 4.0, 3.0], seed=3)
+    old, new = [1.0, 2.0, 4.0, 3.0] * 2, [1.5, 1.0, 4.25, 5.0] * 2
+    there, back = paired_change(old, new, seed=3), paired_change(new, old, seed=3)
     assert there.low is not None and there.high is not None
     assert (back.change, back.low, back.high) == pytest.approx((-there.change, -there.high, -there.low))
 
@@ -53,7 +77,7 @@ def test_the_same_again() -> None:
 
 
 def test_weights_have_no_scale() -> None:
-    before, after, weights = [1.0, 2.0, 4.0, 3.0], [1.5, 1.0, 4.0, 5.0], np.array([1.0, 2.0, 4.0, 8.0])
+    before, after, weights = [1.0, 2.0, 4.0, 3.0] * 2, [1.5, 1.0, 4.0, 5.0] * 2, np.array([1.0, 2.0, 4.0, 8.0] * 2)
     assert paired_change(before, after, list(weights * 1e300)) == paired_change(before, after, list(weights))
 
 
@@ -82,9 +106,19 @@ def test_many_rows_are_drawn_in_parts() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 / math.sqrt(20_000), rel=0.15)
 
 
-def test_one_row_has_no_interval() -> None:
+def test_few_rows_have_no_interval() -> None:
     assert paired_change([2.0], [1.0]) == Change(2.0, 1.0, -1.0, None, None, 1)
     assert paired_change([2.0, 5.0], [1.0, 5.0], [3, 0]) == Change(2.0, 1.0, -1.0, None, None, 1)
+    assert paired_change([2.0] * 7, [1.0] * 7) == Change(2.0, 1.0, -1.0, None, None, 7)
+    assert paired_rate([False] * 7, [True] * 7) == Change(0.0, 1.0, 1.0, None, None, 7)
+    for eight in (paired_change([2.0] * 8, [1.0] * 8), paired_rate([True] * 8, [False] * 8)):
+        assert eight.low is not None and verdict(eight, threshold=0.1, lower_is_better=False) == "worse"
+
+
+def test_few_rows_are_said() -> None:
+    assert few_rows(30) is None
+    assert few_rows(29) == "29 held-out rows are few: intervals are wide, and still a little too narrow."
+    assert few_rows(7, "pairs") == "7 pairs are too few for an interval: 8 are needed. Give more, to learn of a change."
 
 
 def test_nothing_to_compare() -> None:
@@ -160,7 +194,7 @@ def test_the_intervals_of_rates_cover() -> None:
         (0.2, 0.5, 0.2, "unchanged", "unchanged"),
         (0.0, 0.0, 0.0, "unchanged", "unchanged"),
         (0.001, 0.5, 0.0, "worse", "better"),
-        (None, None, 0.0, "unknown", "unknown"),
+        (None, None, 0.0, "unchanged", "unchanged"),
     ],
 )
 def test_verdicts(low: float | None, high: float | None, threshold: float, loss_says: str, rate_says: str) -> None:

@@ -212,17 +212,22 @@ def test_drawn_answers_follow_the_seed(base: Subject) -> None:
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what really computes, as it does."""
     asked: list[str] = []
-    logprobs, generate = module.completion_logprobs, module.TransformersRollouts.generate
+    logprobs, misses, generate = module.completion_logprobs, module._misses, module.TransformersRollouts.generate
 
     def score(*args: Any) -> Any:
         asked.append("score")
         return logprobs(*args)
+
+    def miss(*args: Any) -> Any:
+        asked.append("miss")
+        return misses(*args)
 
     def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append("answer")
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(module, "completion_logprobs", score)
+    monkeypatch.setattr(module, "_misses", miss)
     monkeypatch.setattr(module.TransformersRollouts, "generate", answer)
     return asked
 
@@ -233,9 +238,11 @@ def test_from_the_cache_to_the_bit(base: Subject, tmp_path: Path, monkeypatch: p
 
     def ask(subject: Subject, **drawn: Any) -> Any:
         answers = [subject.complete([(5, 6)], 2, max_new_tokens=4, temperature=t, **drawn) for t in (0.0, 1.0)]
-        return subject.token_logprobs(EXAMPLES), subject.text_logprobs(["Rain."]), answers
+        said = [Example((5, 6), (Completion(answers[0][0][0].completion, (True,) * 4),)), EXAMPLES[0]]
+        return subject.token_logprobs(EXAMPLES), subject.text_logprobs(["Rain."]), answers, subject.says(said)
 
     plain = ask(base)
+    assert plain[-1] == [True, False]
     first = ask(kept)
     made = len(asked)
     assert first == plain
@@ -262,7 +269,8 @@ def test_a_cache_that_cannot_be_written_is_said(
 
 
 def test_nothing_to_score(base: Subject) -> None:
-    assert base.token_logprobs([]) == [] == base.text_logprobs([])
+    assert base.token_logprobs([]) == [] == base.text_logprobs([]) == base.says([])
+    assert base.says([Example((5,), (Completion((), ()),))]) == [False], "an answer has a token"
     assert base.token_logprobs([Example((5,), ())]) == [[]]
     assert base.kl_from(base, [Example((5,), ())]) == [(0.0, 0)]
 
@@ -271,6 +279,8 @@ def test_what_does_not_fit(base: Subject) -> None:
     long = Example((5,) * 2000, (Completion((6,) * 49, (True,) * 49),))
     with pytest.raises(UserError, match="Row 2 of 2 has 2049 tokens, and the context of base holds 2048"):
         base.token_logprobs([EXAMPLES[0], long])
+    with pytest.raises(UserError, match="Row 1 of 1 has 2049 tokens"):
+        base.says([long])
     assert base.fits((5,) * 2000, 48) and not base.fits((5,) * 2000, 49) and not base.fits((), 1)
     [(_, count)] = base.text_logprobs(["a" * 3000])
     assert count == 2047

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lit_ft import adapter
 from lit_ft.callbacks.history import History
@@ -113,6 +114,8 @@ def test_a_run_leaves_its_curves_beside_the_adapter(cli: Callable[..., Outcome],
     assert min(loss for _, loss in curves["held-out"]) == pytest.approx(metrics["eval/loss"])
     assert found["seconds"] > 0 and found["num_tokens"] > 100
     assert found["estimated_bytes"] is None, "so short a run is not worth one"
+    with safe_open(published.path / "adapter_model.safetensors", framework="pt") as weights:
+        assert found["trainable"] == sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
 
 
 def test_a_long_run_keeps_its_estimate_of_memory(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_ft.losses.logprobs import (
+    likeliest_tokens,
     mask_of,
     places_in_completion,
     rows_by_completion,
@@ -491,3 +492,21 @@ def test_no_rows() -> None:
     assert rows_by_completion(none, whole, whole).shape == mask_of(whole).shape == (0, 0)
     zero = torch.tensor([0, 0])
     assert rows_by_completion(none, whole, zero).shape == mask_of(zero).shape == (2, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_likeliest_tokens_are_those_of_whole_logits(chunk: int, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(size, generator=generator) for size in ((N, H), (V, H), (V,)))
+    logits = hidden @ weight.T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    assert torch.equal(likeliest_tokens(hidden, weight, bias, softcap, chunk=chunk), logits.argmax(-1))
+    assert likeliest_tokens(hidden[:0], weight).shape == (0,)
+
+
+def test_of_equal_logits_the_first_token_is_the_likeliest() -> None:
+    """As greedy decoding chooses; `is_top1` is true of both."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [1.0], [1.0]])
+    assert likeliest_tokens(hidden, weight).tolist() == [1, 1]
+    assert token_scores(hidden, weight, torch.tensor([1, 2])).is_top1.tolist() == [True, True]
