@@ -17,7 +17,7 @@ VERDICTS = ("better", "unchanged", "worse", "unjudged", "unknown")
 # is that one.
 _HEADLINES = {
     "gain": ("metric", "accuracy", "loss"),
-    "forgetting": ("kl", "text_loss", "instruction_loss"),
+    "forgetting": ("instruction_loss", "text_loss", "kl"),
     "overfitting": ("gap",),
     "bias": ("rate",),
 }
