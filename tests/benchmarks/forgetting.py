@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -171,9 +172,10 @@ def measured(out: Path, options: argparse.Namespace, name: str, seed: int) -> di
     if name in SCALED:
         origin, scale = SCALED[name]
         given = [f"adapter={out / 'adapters' / slug(origin, seed) / 'v1'}", "to=lora", f"scale={scale}"]
+        shutil.rmtree(target, ignore_errors=True)  # of a benchmark that was ended before it could measure it
         command("lit_ft.export", [*given, f"output={target}", f"model.id={options.model}"], options.jobs)
     else:
-        command("lit_ft", training(out, options, name, seed), options.jobs)
+        target = Path(command("lit_ft", training(out, options, name, seed), options.jobs))
     data = Path(__file__).parents[2] / "examples" / "data" / "support_sft"
     given = [f"adapter={target}", "sections=[gain,forgetting]", "answered=0", f"model.id={options.model}"]
     given += [f"instructions={out / HELD_OUT}"]
@@ -217,12 +219,14 @@ def slug(name: str, seed: int) -> str:
     return "-".join(part for part in f"{plain}-s{seed}".split("-") if part)
 
 
-def command(module: str, arguments: Sequence[str], jobs: int) -> None:
+def command(module: str, arguments: Sequence[str], jobs: int) -> str:
+    """Run `python -m module`; returns what it printed, which of training is the adapter's folder."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     given = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, **threads})
     if done.returncode:
         raise SystemExit(f"{' '.join(given)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout.strip()
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
@@ -311,8 +315,7 @@ def lima(out: Path, options: argparse.Namespace) -> dict[str, list[dict[str, flo
             given += [f"data.max_length={options.lima_length}", "data.overflow=truncate"]
             # What is compared here is the loss on all of these rows, before and after, whatever --set may say.
             given += ["data.max_val_rows=null", "trainer.validate_first=true"]
-            command("lit_ft", given, options.jobs)
-            folder = out / "adapters" / name / "v1"
+            folder = Path(command("lit_ft", given, options.jobs))
             metrics = json.loads((folder / "card.json").read_text(encoding="utf-8"))["metrics"]
             history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
             return {"before": metrics["before/loss"], "after": metrics["eval/loss"], "tokens": history["num_tokens"]}
