@@ -84,12 +84,14 @@ def test_training_command(
     model = opt_folder if "article" in command else llama_folder
     if "data=votes" in command:
         write_store(Path("votes.db"), questions(80), adapter.Base(model.name, model_fingerprint(str(model))))
-    local = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()  # its data is on the Hub
+    # Its data is on the Hub.
+    local: tuple[str, ...] = ("data.path=chats.jsonl", "data.val_path=null") if "article" in command else ()
     if re.search(r"experiment=(ppo|grpo)", command):  # with the README's judge, and its functions from the checkout
         shutil.copytree(ROOT / "examples", "examples", ignore=shutil.ignore_patterns("*.png"))
         monkeypatch.syspath_prepend(".")
         judge = ("+experiment=reward", "name=judge", f"model.id={model}", "data.max_rows=8", "data.max_val_rows=2")
         assert cli(*judge, *TINY).code == 0
+        local += ("algorithm.max_new_tokens=8",)
     few = () if "data=votes" in command else ("data.max_rows=40", "data.max_val_rows=8")  # of the bundled rows
     outcome = cli(*shlex.split(alone(command)), f"model.id={model}", *local, *few, *TINY)
     assert outcome.code == 0, outcome.err
