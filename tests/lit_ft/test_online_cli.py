@@ -209,7 +209,8 @@ def test_what_is_published_is_a_plain_adapter(run: Run, llama_folder: Path, algo
 
 def test_the_best_of_the_held_out_rewards_is_published(run: Run) -> None:
     """Which here falls from validation to validation: the first step's."""
-    done = run(f"reward={HERE}:worse_each_time", "trainer.validate_first=false")
+    exactly = "algorithm.missing_eos_penalty=null"
+    done = run(f"reward={HERE}:worse_each_time", "trainer.validate_first=false", exactly)
     assert done.code == 0, done.err
     published = adapter.find(Path("adapters"), "support")
     assert published.card.metrics["step"] == 1
