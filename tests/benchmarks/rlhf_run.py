@@ -15,7 +15,7 @@ def seconds(overrides: Sequence[str]) -> dict[str, float]:
     """Mean seconds of an iteration after the first, by what they were spent on."""
     from tests.benchmarks.clock import METRICS
 
-    run([*overrides, "logger._target_=tests.benchmarks.clock.Clock", "trainer.log_every_n_steps=1"])
+    run([*overrides, "logger=none", "logger._target_=tests.benchmarks.clock.Clock", "trainer.log_every_n_steps=1"])
     later = METRICS[1:]
     return {
         part: statistics.fmean(row.get(f"train/seconds/{part}", 0.0) for row in later)

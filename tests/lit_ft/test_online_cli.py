@@ -469,6 +469,7 @@ def test_a_vllm_that_is_killed_in_the_middle_of_training_is_started_again(tmp_pa
     command = [sys.executable, "-m", "lit_ft", "+experiment=grpo", "model.id=bundled", *FEW]
     command += [f"reward={HERE}:letters", "rollout=vllm", "algorithm.num_generations=2", "data.max_val_rows=0"]
     command += ["trainer.validate_first=false", "trainer.max_steps=4", "logger=default", "trainer.log_every_n_steps=1"]
+    command += ["algorithm.learning_rate=1e-3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
@@ -494,8 +495,9 @@ def test_a_vllm_that_is_killed_in_the_middle_of_training_is_started_again(tmp_pa
     (metrics,) = tmp_path.glob("runs/*/*/csv/metrics.csv")
     rows = [row for row in csv.DictReader(metrics.open()) if row["train/sampling/sampling_logp_difference/mean"]]
     assert len(rows) == 4
-    # vLLM computes in float32 like the trainer, and has the policy of each iteration.
-    assert all(float(row["train/sampling/sampling_logp_difference/mean"]) < 0.02 for row in rows)
+    # vLLM has the policy of each iteration; it computes in bf16, and the trainer in float32.
+    apart = [float(row["train/sampling/sampling_logp_difference/mean"]) for row in rows]
+    assert max(apart) < 0.15 and "away from the policy" not in text, apart
 
 
 def engine_of(pid: int) -> int:
