@@ -321,7 +321,10 @@ def _rows(source: Source, base: Base, tokenizer: Any, settings: Mapping[str, Any
     divided: dict[str, Any] = {"val_path": asked.val_path}
     opened: Any = path
     if asked.data_path is None or _trained_on(card, path, data):
-        # The very same rows must be held out, so nothing here may differ from training.
+        # The very same rows must be held out, so nothing here may differ from training. Where its rows still are, they
+        # are read from there: a file of a folder does not say what lies beside it.
+        if asked.data_path is not None and data.get("path") and _trained_on(card, data["path"], data):
+            opened = path = data["path"]
         options |= {
             "columns": asked.columns or data.get("columns") or None,
             "split": data.get("split", "train"),

@@ -271,6 +271,24 @@ def test_rows_divided_otherwise_than_in_training(trained: Callable[..., str], ev
     assert "16 rows would be trained on today, and desk@v1 was trained on 24" in said(done)
 
 
+def test_a_file_of_the_folder_that_was_trained_on_is_known(
+    trained: Callable[..., str], evaluate: Callable[..., Outcome]
+) -> None:
+    """Beside it lay the rows that were held out, so that all of its own were trained on; alone it would be divided."""
+    rows = [{"prompt": f"How many legs have {k} cows?", "completion": f"{k} cows have {4 * k}."} for k in range(24)]
+    Path("desk").mkdir()
+    for name, part in (("train", rows[:16]), ("heldout", rows[16:])):
+        Path("desk", f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    trained("desk", "data.path=desk", "data.max_rows=12")
+    given = ("data.path=desk/train.jsonl", "data.val_path=desk/heldout.jsonl", "sections=[gain,overfitting]")
+    few = [word for word in FEW if not word.startswith("rows=")]
+    done = evaluate("adapter=desk", *given, "rows=40", *few)
+    assert done.code == 0, done.err
+    figures = report()["sections"]["overfitting"]["figures"]
+    assert (figures["train_loss"]["rows"], figures["held_out_loss"]["rows"]) == (12, 8)
+    assert "would be trained on today" not in done.err
+
+
 def test_other_held_out_rows_are_no_reason_to_call_those_of_training_trained_on(
     trained: Callable[..., str], evaluate: Callable[..., Outcome]
 ) -> None:
