@@ -31,11 +31,12 @@ $(STAMP): pyproject.toml
 demo: install
 	@examples/demo.sh $(PY)
 
-# The tests on tiny models side by side; then those that start processes or a browser, two files at a time; then those
-# that start vLLM or measure, and want the machine for themselves.
+# The tests on tiny models side by side; then those that start processes or a browser, and those that start vLLM, two
+# files at a time; then those that measure, and want the machine for themselves.
 test: unit
 	$(PY) -m pytest -n 2 --dist loadfile -m "(slow or browser) and not engine and not alone"
-	$(PY) -m pytest -m "engine or alone"
+	$(PY) -m pytest -n 2 --dist loadfile -m "engine and not alone"
+	$(PY) -m pytest -m alone
 
 unit: install
 	$(PY) -m pytest -n auto --maxprocesses 4 -m "not engine and not browser and not slow and not alone"
