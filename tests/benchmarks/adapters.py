@@ -221,11 +221,17 @@ def trained(wanted: Sequence[tuple[str, str, float, int]], options: argparse.Nam
 def child(what: str, options: argparse.Namespace, **given: Any) -> Any:
     """A function of `adapters_run` in a process of its own, so that memory is its own too."""
     command = [sys.executable, "-m", "tests.benchmarks.adapters", "--child", what, json.dumps(given)]
-    threads = {} if options.jobs == 1 or what in ("speed", "latency") else {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
+    jobs = 1 if what in ("speed", "latency") else options.jobs
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=share_of_cores(jobs))
     if done.returncode:
         raise SystemExit(f"{what} {given} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def share_of_cores(jobs: int) -> dict[str, str]:
+    """The environment of a process, of which `jobs` run at once: more threads than cores wait for each other."""
+    cores = os.cpu_count() or 1
+    return {**os.environ, **({"OMP_NUM_THREADS": str(max(1, cores // jobs))} if jobs > 1 else {})}
 
 
 def must_be_as_before(out: Path, options: argparse.Namespace, but: Iterable[str]) -> None:

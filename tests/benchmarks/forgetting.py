@@ -34,7 +34,7 @@ from typing import Any
 
 from lit_ft.adapter import REPORT
 from lit_ft.progress import Progress
-from tests.benchmarks.adapters import SHARED, kept, mean, must_be_as_before, spread
+from tests.benchmarks.adapters import SHARED, kept, mean, must_be_as_before, share_of_cores, spread
 from tests.benchmarks.scatter import scatter
 
 PLAIN = "LoRA r=16"
@@ -221,9 +221,8 @@ def slug(name: str, seed: int) -> str:
 
 def command(module: str, arguments: Sequence[str], jobs: int) -> str:
     """Run `python -m module`; returns what it printed, which of training is the adapter's folder."""
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     given = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, **threads})
+    done = subprocess.run(given, capture_output=True, text=True, check=False, env=share_of_cores(jobs))
     if done.returncode:
         raise SystemExit(f"{' '.join(given)} failed:\n{done.stderr[-3000:]}")
     return done.stdout.strip()

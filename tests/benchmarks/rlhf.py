@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.progress import say
-from tests.benchmarks.adapters import SHARED, kept, must_be_as_before
+from tests.benchmarks.adapters import SHARED, kept, must_be_as_before, share_of_cores
 from tests.benchmarks.scatter import scatter
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "support_preferences"
@@ -249,21 +249,15 @@ def published(out: Path, name: str, overrides: Sequence[str], jobs: int = 1) -> 
 
 def lit_ft(overrides: Sequence[str], jobs: int = 1) -> None:
     command = [sys.executable, "-m", "lit_ft", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_of(jobs))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=share_of_cores(jobs))
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-
-
-def one_of(jobs: int) -> dict[str, str]:
-    """The environment of a process that runs beside others: its share of the processor's cores."""
-    cores = os.cpu_count() or 1
-    return {**os.environ, **({"OMP_NUM_THREADS": str(max(1, cores // jobs))} if jobs > 1 else {})}
 
 
 def child(what: str, jobs: int = 1, **given: Any) -> Any:
     """A function of `rlhf_run` in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.rlhf", "--child", what, json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_of(jobs))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=share_of_cores(jobs))
     if done.returncode:
         raise SystemExit(f"{what} {given} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
