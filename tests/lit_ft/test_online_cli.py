@@ -33,7 +33,7 @@ from lit_ft.rollouts.vllm import VllmRollouts
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft import made
-from tests.lit_ft.test_rollouts_vllm import Died, StubEngine, Stubs, stubs  # noqa: F401
+from tests.lit_ft.stub_vllm import Died, StubEngine, Stubs
 from tests.processes import ROOT, run_together
 from tests.serve.test_engine import gone
 
@@ -427,7 +427,7 @@ def test_the_judge_that_is_for_held_out_completions_does_not_begin_the_value_mod
 
 def test_each_policy_reaches_vllm_under_a_name_of_its_own(
     run: Run,
-    stubs: Stubs,  # noqa: F811
+    stubs: Stubs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the command line: three iterations, with an engine that is lost in the second."""

@@ -19,8 +19,9 @@ from lit_ft.rewards.base import Sample
 from lit_ft.rollouts import RolloutEngine, Sampling
 from lit_ft.rollouts.shared import SharedRollouts
 from lit_ft.rollouts.vllm import VllmRollouts
+from tests.lit_ft.stub_vllm import STOP, Died, StubEngine, Stubs
 from tests.lit_ft.test_online import Scored, assert_near, assert_same_metrics, fit, online, prompts, spread, weights
-from tests.lit_ft.test_rollouts_vllm import STOP, Died, StubEngine, Stubs, write
+from tests.lit_ft.test_rollouts_vllm import write
 from tests.processes import ROOT, free_ports
 
 TRAINING: dict[str, Any] = {"num_mini_batches": 2, "num_generations": 2, "num_epochs": 2, "max_tokens": 40}
