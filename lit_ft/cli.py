@@ -129,7 +129,7 @@ def _run_of_sweep(task: Callable[[Any], int | None], cfg: Any, debug: bool) -> f
     from omegaconf.errors import OmegaConfBaseException
 
     from lit_ft import sweep
-    from lit_ft.launched import LOST_ANOTHER
+    from lit_ft.distributed.launched import LOST_ANOTHER
 
     settings = HydraConfig.get()
     run = Path(settings.runtime.output_dir)
@@ -225,10 +225,10 @@ def main() -> NoReturn:
     def task(cfg: Any) -> int:
         from hydra.core.hydra_config import HydraConfig
 
-        from lit_ft.checks import check_settings
-        from lit_ft.distributed import started_by_others
+        from lit_ft.distributed.processes import started_by_others
         from lit_ft.evaluate import after_training, outcome, write_about
         from lit_ft.progress import say
+        from lit_ft.wiring.checks import check_settings
 
         try:
             processes = check_settings(cfg)
@@ -239,7 +239,7 @@ def main() -> NoReturn:
                 shutil.rmtree(run, ignore_errors=True)
             raise
         if processes > 1 and not started_by_others():
-            from lit_ft.launch import train_in_processes
+            from lit_ft.distributed.launch import train_in_processes
 
             adapter = train_in_processes(processes, Path(cfg.runs, cfg.name))
         else:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
-from lit_ft.distributed import rank
+from lit_ft.distributed.processes import rank
 
 T = TypeVar("T")
 _QUIET_SECONDS = 2.0

@@ -16,7 +16,7 @@ import torch
 
 from lit_ft.batches import Example
 from lit_ft.data.packing import Layout, lay_out, split_by_tokens
-from lit_ft.distributed import gathered
+from lit_ft.distributed.processes import gathered
 from lit_ft.models.adapt import is_adapted
 from lit_ft.models.score import completion_logprobs
 from lit_ft.progress import Progress

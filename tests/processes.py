@@ -82,7 +82,7 @@ def _group(as_on_cuda: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _stopping(step: int | None) -> Iterator[None]:
     """Send this process a SIGTERM in the middle of `step`, if it is the last of the run."""
-    from lit_ft.distributed import size
+    from lit_ft.distributed.processes import size
     from lit_ft.modules.base import FineTuneModule
 
     train_step = FineTuneModule.training_step

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_ft.adapter import HISTORY
-from lit_ft.energy import EnergyMeter
-from lit_ft.memory import peak_memory
+from lit_ft.resources.energy import EnergyMeter
+from lit_ft.resources.memory import peak_memory
 
 TRAINING, HELD_OUT = "training", "held-out"
 # Points of a curve; where a run has more steps, every second, fourth … is kept.

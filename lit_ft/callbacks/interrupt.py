@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from lit_ft.distributed import greatest
-from lit_ft.launched import ending, tell_launcher
+from lit_ft.distributed.launched import ending, tell_launcher
+from lit_ft.distributed.processes import greatest
 from lit_ft.progress import say
 
 # Seconds in which several signals are one request: the launcher's end may be told more than once (`ending`).

@@ -22,11 +22,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_ft.batches import Batch, Window
-from lit_ft.flops import computed_tokens, step_flops
 from lit_ft.losses.logprobs import PROFILED
-from lit_ft.machine import matrix_rate
-from lit_ft.memory import peak_memory
 from lit_ft.progress import say
+from lit_ft.resources.flops import computed_tokens, step_flops
+from lit_ft.resources.machine import matrix_rate
+from lit_ft.resources.memory import peak_memory
 
 MATRIX = "matrix products"
 ATTENTION = "attention"
@@ -240,7 +240,7 @@ class Report:
         rows: seconds per step in each of `ROWS`; they sum to `wall`.
         wall: seconds per step, from the end of the step before to the end of the step.
         steps, first: how many steps were profiled, and which was the first (counted from 1, in this run).
-        tokens: the data set's tokens per step; `computed`: those that the model computed (see `lit_ft.flops`).
+        tokens: the data set's tokens per step; `computed`: those that the model computed (`lit_ft.resources.flops`).
         flops: operations that a step needs.
         product_rate: FLOP/s of a large matrix product on the same device, or None where it could not be measured.
         dtype: what matrix products ran in.

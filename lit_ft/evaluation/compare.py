@@ -233,7 +233,6 @@ def _subjects(
     precision: Precision,
 ) -> tuple[Subject, Subject]:
     """What is compared against, and what the report is about; on one base where that is possible."""
-    autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
 
     def kept(one: Source | None) -> Kept:
         weights = None if one is None else weights_sha256(one.path)
@@ -242,7 +241,7 @@ def _subjects(
     def subject(one: Source | None, model: Any, role: str | None) -> Subject:
         name = "base" if one is None else one.name
         _frozen_as(model, precision.weights)
-        return Subject(name, model.to(device), tokenizer, role, max_tokens, autocast=autocast, kept=kept(one))
+        return Subject(name, model.to(device), tokenizer, role, max_tokens, autocast=precision.autocast, kept=kept(one))
 
     def alone(one: Source | None) -> Subject:
         if one is None:

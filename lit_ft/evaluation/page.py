@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_ft.evaluation.report import Report
 from lit_ft.evaluation.section import Curve, Figure, Section
-from lit_ft.preview_page import visible
+from lit_ft.previewing.page import visible
 
 Point = tuple[float, float]
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lit_ft.errors import UserError
-from lit_ft.machine import matrix_rate
+from lit_ft.resources.machine import matrix_rate
 
 PRECISIONS = ("auto", "bf16-mixed", "32-true")
 
@@ -24,6 +24,16 @@ class Precision:
     trainer: Literal["bf16-mixed", "32-true"]
     weights: torch.dtype
     why: str
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the arithmetic is in another format than the trained weights."""
+        return self.trainer == "bf16-mixed"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The format of mixed arithmetic, or None."""
+        return torch.bfloat16 if self.mixed else None
 
 
 def check_precision(wanted: str) -> None:

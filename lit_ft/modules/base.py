@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Window
-from lit_ft.distributed import gathered
+from lit_ft.distributed.processes import gathered
 from lit_ft.errors import UserError
 from lit_ft.models.score import kl_from_base, score_gathered
 from lit_ft.models.shard import clip_grad_norm, is_sharded, shard, synchronising

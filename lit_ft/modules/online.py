@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Completion, Example, Prompts
 from lit_ft.data.packing import Layout, divided, lay_out, share_by_tokens, split_by_tokens
-from lit_ft.distributed import gathered, size, together
+from lit_ft.distributed.processes import gathered, size, together
 from lit_ft.errors import UserError
 from lit_ft.losses.logprobs import rows_by_completion
 from lit_ft.losses.ppo import KLKind, kl_estimate, missing_end_penalty

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import chain
 
-from lit_ft.distributed import agree, gathered, group_with_patience
+from lit_ft.distributed.processes import agree, gathered, group_with_patience
 from lit_ft.rollouts.base import Rollout, RolloutEngine
 
 # How long the others wait for the first one's engine, which may be started again meanwhile. If the first process itself

@@ -41,12 +41,12 @@ def trained_parameters(overrides: Sequence[str], model: str) -> int:
     from lit_ft.cli import conf_folder
     from lit_ft.models.adapt import parameter_counts
     from lit_ft.models.load import load_model
-    from lit_ft.train import _kind
+    from lit_ft.wiring.model import adapter_kind
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
         cfg: Any = compose("config", list(overrides))
-    return parameter_counts(_kind(cfg).begin(load_model(model, dtype=torch.float32)))[0]
+    return parameter_counts(adapter_kind(cfg).begin(load_model(model, dtype=torch.float32)))[0]
 
 
 def general_loss(model: str, rows: str, count: int, adapter: str | None) -> dict[str, float]:

@@ -152,7 +152,7 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(settings["threads"])
-    from lit_ft.distributed import gathered, join, leave
+    from lit_ft.distributed.processes import gathered, join, leave
 
     end_with(settings.get("parent"))
     ranks = join("cpu", settings["processes"], 1)
@@ -184,7 +184,6 @@ def measure(settings: dict[str, Any], ranks: Any) -> dict[str, Any]:
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
-    from lit_ft.allocator import keep_freed_memory
     from lit_ft.callbacks.interrupt import FinishStepOnSignal
     from lit_ft.data.datamodule import ExamplesDataModule
     from lit_ft.models.kinds.lora import apply_lora
@@ -192,6 +191,7 @@ def measure(settings: dict[str, Any], ranks: Any) -> dict[str, Any]:
     from lit_ft.models.shard import bytes_held
     from lit_ft.modules import DPOModule, SFTModule
     from lit_ft.reference import attach, reference_logprobs
+    from lit_ft.resources.allocator import keep_freed_memory
     from tests.benchmarks import systems, worker
 
     keep_freed_memory()
@@ -320,7 +320,7 @@ def minimum(model: Any, settings: dict[str, Any]) -> Any:
 
 
 def strategy(kind: str, processes: int) -> Any:
-    from lit_ft.strategy import ShardedStrategy, ddp
+    from lit_ft.distributed.strategy import ShardedStrategy, ddp
 
     if kind == "one":
         return "auto"

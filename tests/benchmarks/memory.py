@@ -147,11 +147,11 @@ def estimate(overrides: Sequence[str], device: str) -> dict[str, Any]:
     """What the preview says of these settings."""
     from hydra import compose, initialize_config_dir
 
-    from lit_ft.announce import quiet
     from lit_ft.cli import conf_folder
     from lit_ft.config import register_schemas
-    from lit_ft.estimate import Setting
     from lit_ft.preview import preview_of, register_preview
+    from lit_ft.resources.estimate import Setting
+    from lit_ft.wiring.announce import quiet
 
     quiet()
     register_schemas()
@@ -160,8 +160,8 @@ def estimate(overrides: Sequence[str], device: str) -> dict[str, Any]:
         cfg: Any = compose("config", list(overrides))
     looked = preview_of(cfg, 1)
     setting = Setting(device, cfg.trainer.precision == "bf16-mixed", cfg.model.gradient_checkpointing)
-    found = looked.rehearsal(setting).estimate(**looked.main_memory(setting))
-    tokens = looked.passes(device)[0].input_ids.numel()
+    found = looked.step.rehearsal(setting).estimate(**looked.step.main_memory(setting))
+    tokens = looked.step.passes(device)[0].input_ids.numel()
     return {"tokens": tokens, "estimated": found.sum, "moment": found.moment, "parts": found.parts}
 
 

@@ -161,11 +161,11 @@ def run_lit_ft(
     from lightning.pytorch.callbacks import Callback
 
     from lit_ft.data.datamodule import ExamplesDataModule
-    from lit_ft.flops import forward_flops, step_flops
     from lit_ft.models.kinds.lora import apply_lora
     from lit_ft.models.score import use_packed_attention
     from lit_ft.modules import DPOModule, SFTModule
     from lit_ft.reference import attach, reference_logprobs
+    from lit_ft.resources.flops import forward_flops, step_flops
 
     model = apply_lora(model, r=RANK, alpha=ALPHA, dropout=0.0)
     set_adapter(model)

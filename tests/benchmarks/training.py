@@ -250,7 +250,7 @@ def chosen_precision(options: argparse.Namespace) -> str:
 def default_max_tokens(device: str) -> int:
     import torch
 
-    from lit_ft.machine import tokens_per_pass
+    from lit_ft.resources.machine import tokens_per_pass
 
     return tokens_per_pass(torch.device(device))
 

@@ -23,8 +23,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run what `settings` say and return a `Run` with the peak of memory and the machine's matrix rate."""
     import torch
 
-    from lit_ft.allocator import keep_freed_memory
-    from lit_ft.machine import matrix_rate
+    from lit_ft.resources.allocator import keep_freed_memory
+    from lit_ft.resources.machine import matrix_rate
     from tests.benchmarks import systems
 
     for name in ("lightning.pytorch", "transformers", "trl"):

@@ -564,7 +564,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("too late: the model is being loaded")
 
-    monkeypatch.setattr(train, "_model", loaded)
+    monkeypatch.setattr(train, "make_model", loaded)
     outcome = run("trainer.max_steps=10", *settings)
     said = " ".join(outcome.err.split())
     assert outcome.code == 2 and all(word in said for word in words), outcome.err

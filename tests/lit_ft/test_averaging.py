@@ -277,7 +277,7 @@ def test_what_cannot_be_averaged_is_refused_before_anything_is_loaded(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("too late: the model is being loaded")
 
-    monkeypatch.setattr(train, "_model", loaded)
+    monkeypatch.setattr(train, "make_model", loaded)
     refused = run(*settings)
     said = " ".join(refused.err.split())
     assert refused.code == 2 and said.startswith("error: ") and all(word in said for word in words), refused.err

@@ -176,7 +176,7 @@ def test_a_model_it_cannot_be_made_of_is_published_without(
     """What breaks is the pass itself, in the middle of a model that may lie in shards."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from lit_ft import train
+    from lit_ft.wiring import publish
 
     def breaking(*args: Any, **kwargs: Any) -> Canary:
         def fail(*_: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_model_it_cannot_be_made_of_is_published_without(
 
     words = [f"model.id={llama_folder}", *ARGS, "trainer.precision=32-true", f"strategy={strategy}"]
     good = cli(*words, "name=good")
-    monkeypatch.setattr(train, "canary", breaking)
+    monkeypatch.setattr(publish, "canary", breaking)
     ended = cli(*words, "name=bad")
     assert (good.code, ended.code) == (0, 0), good.err + ended.err
     said = [line for line in ended.err.splitlines() if "canary" in line]

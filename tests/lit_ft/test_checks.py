@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ft.checks import device_number, devices_here
 from lit_ft.errors import UserError
+from lit_ft.wiring.checks import device_number, devices_here
 from tests import tiny
 from tests.conftest import Outcome
 
@@ -28,7 +28,7 @@ def refused(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("too late: the model is being loaded")
 
-    monkeypatch.setattr(train, "_model", loaded)
+    monkeypatch.setattr(train, "make_model", loaded)
 
     def run(*args: str) -> str:
         outcome = cli("+experiment=sft", f"model.id={llama_folder}", "trainer.accelerator=cpu", *args)

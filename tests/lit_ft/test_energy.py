@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lit_ft.energy import GPUS, PROCESSORS, EnergyMeter
+from lit_ft.resources.energy import GPUS, PROCESSORS, EnergyMeter
 
 
 def zone(root: Path, name: str, microjoules: int, wraps_at: int = 1_000_000) -> Path:

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
-from lit_ft.estimate import (
+from lit_ft.losses.logprobs import rows_by_completion
+from lit_ft.models.adapt import causal_lm
+from lit_ft.models.judge import head_values, scalar_head
+from lit_ft.models.kinds import KINDS
+from lit_ft.models.roles import POLICY, add_role, train_only
+from lit_ft.models.score import score, score_gathered, use_packed_attention
+from lit_ft.models.shard import decoder_layers
+from lit_ft.resources.estimate import (
     LOGPROBS,
     PARTS,
     Estimate,
@@ -21,13 +28,6 @@ from lit_ft.estimate import (
     rehearse,
     with_completions,
 )
-from lit_ft.losses.logprobs import rows_by_completion
-from lit_ft.models.adapt import causal_lm
-from lit_ft.models.judge import head_values, scalar_head
-from lit_ft.models.kinds import KINDS
-from lit_ft.models.roles import POLICY, add_role, train_only
-from lit_ft.models.score import score, score_gathered, use_packed_attention
-from lit_ft.models.shard import decoder_layers
 from lit_ft.rollouts import Sampling
 from lit_ft.rollouts.transformers import TransformersRollouts
 from tests import tiny

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
-from lit_ft.flops import attention_flops, computed_tokens, forward_flops, step_flops, visible_pairs
 from lit_ft.models.adapt import causal_lm
 from lit_ft.models.kinds.full import train_all
 from lit_ft.models.kinds.lora import apply_lora
+from lit_ft.resources.flops import attention_flops, computed_tokens, forward_flops, step_flops, visible_pairs
 from tests import tiny
 
 # The tiny Llama: width 32, MLP 64, 2 layers, 4 heads of 8 (2 for keys and values), 260 tokens.

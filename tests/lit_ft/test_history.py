@@ -121,9 +121,9 @@ def test_a_run_leaves_its_curves_beside_the_adapter(cli: Callable[..., Outcome],
 def test_a_long_run_keeps_its_estimate_of_memory(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_ft import train
+    from lit_ft.wiring import publish
 
-    monkeypatch.setattr(train, "_LONG", 0)
+    monkeypatch.setattr(publish, "_LONG", 0)
     settings = ["data.max_rows=6", "data.max_val_rows=2", "trainer.max_steps=1", "logger=none", "name=desk"]
     done = cli("+experiment=sft", f"model.id={llama_folder}", "trainer.accelerator=cpu", *settings)
     assert done.code == 0, done.err

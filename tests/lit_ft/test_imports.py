@@ -12,16 +12,18 @@ ROOT = Path(__file__).parents[2]
 # What each part may import of this project, by prefix. Deeper parts come first.
 ALLOWED = {
     "lit_ft/errors.py": (),
-    "lit_ft/distributed.py": ("lit_ft.errors",),
-    "lit_ft/progress.py": ("lit_ft.distributed",),
+    "lit_ft/distributed/processes.py": ("lit_ft.errors",),
+    "lit_ft/progress.py": ("lit_ft.distributed.processes",),
     "lit_ft/batches.py": (),
     "lit_ft/losses": ("lit_ft.losses",),
     "lit_ft/adapter.py": ("lit_ft.errors",),
-    "lit_ft/machine.py": ("lit_ft.errors",),
-    "lit_ft/flops.py": ("lit_ft.batches", "lit_ft.models.adapt"),
-    "lit_ft/memory.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models"),
-    "lit_ft/estimate.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models", "lit_ft.rollouts"),
-    "lit_ft/preview_page.py": (),
+    "lit_ft/resources/machine.py": ("lit_ft.errors",),
+    "lit_ft/resources/energy.py": (),
+    "lit_ft/resources/allocator.py": (),
+    "lit_ft/resources/flops.py": ("lit_ft.batches", "lit_ft.models.adapt"),
+    "lit_ft/resources/memory.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models"),
+    "lit_ft/resources/estimate.py": ("lit_ft.batches", "lit_ft.losses", "lit_ft.models", "lit_ft.rollouts"),
+    "lit_ft/previewing/page.py": (),
     "lit_ft/data": ("lit_ft.data", "lit_ft.batches", "lit_ft.adapter", "lit_ft.errors", "lit_ft.progress"),
     "lit_ft/models": (
         "lit_ft.models",
@@ -29,7 +31,7 @@ ALLOWED = {
         "lit_ft.losses",
         "lit_ft.adapter",
         "lit_ft.errors",
-        "lit_ft.machine",
+        "lit_ft.resources.machine",
         "lit_ft.progress",
     ),
     # Its wiring is compare.py alone; the sections ask a Subject and know no files.
@@ -42,10 +44,9 @@ ALLOWED = {
         "lit_ft.exporting",
         "lit_ft.losses",
         "lit_ft.models",
-        "lit_ft.preview_page",
+        "lit_ft.previewing.page",
         "lit_ft.progress",
         "lit_ft.reference",
-        "lit_ft.rlhf",
         "lit_ft.rollouts",
     ),
     "lit_ft/evaluate.py": (
@@ -67,7 +68,7 @@ ALLOWED = {
     "lit_ft/reference.py": (
         "lit_ft.batches",
         "lit_ft.data.packing",
-        "lit_ft.distributed",
+        "lit_ft.distributed.processes",
         "lit_ft.models",
         "lit_ft.progress",
     ),
@@ -85,7 +86,7 @@ ALLOWED = {
     "lit_ft/rollouts/vllm.py": ("lit_ft.rollouts.base", "lit_ft.errors", "lit_ft.progress", "serve.engine"),
     "lit_ft/rollouts/base.py": ("lit_ft.errors",),
     "lit_ft/rollouts/transformers.py": ("lit_ft.rollouts.base", "lit_ft.models", "lit_ft.errors"),
-    "lit_ft/rollouts/shared.py": ("lit_ft.rollouts.base", "lit_ft.distributed"),
+    "lit_ft/rollouts/shared.py": ("lit_ft.rollouts.base", "lit_ft.distributed.processes"),
     "lit_ft/rollouts/__init__.py": ("lit_ft.rollouts",),
     "lit_ft/modules": (
         "lit_ft.modules",
@@ -95,41 +96,72 @@ ALLOWED = {
         "lit_ft.rollouts.base",
         "lit_ft.batches",
         "lit_ft.data.packing",
-        "lit_ft.distributed",
+        "lit_ft.distributed.processes",
         "lit_ft.errors",
         "lit_ft.progress",
     ),
-    # Beside train.py the wiring of its own: nothing but train.py imports it.
-    "lit_ft/rlhf.py": (
-        "lit_ft.modules",
-        "lit_ft.models",
-        "lit_ft.rewards",
-        "lit_ft.rollouts",
+    # The parts of a run: `train` puts them together, and a preview looks at them; they know neither.
+    "lit_ft/wiring": (
+        "lit_ft.wiring",
         "lit_ft.adapter",
         "lit_ft.batches",
+        "lit_ft.callbacks",
+        "lit_ft.checkpoint",
         "lit_ft.config",
         "lit_ft.data",
         "lit_ft.distributed",
         "lit_ft.errors",
+        "lit_ft.judging",
+        "lit_ft.losses",
+        "lit_ft.models",
+        "lit_ft.modules",
         "lit_ft.progress",
+        "lit_ft.reference",
+        "lit_ft.replay",
+        "lit_ft.resources",
+        "lit_ft.rewards",
+        "lit_ft.rollouts",
     ),
+    "lit_ft/previewing": (
+        "lit_ft.previewing",
+        "lit_ft.wiring",
+        "lit_ft.adapter",
+        "lit_ft.batches",
+        "lit_ft.checkpoint",
+        "lit_ft.config",
+        "lit_ft.data",
+        "lit_ft.distributed.processes",
+        "lit_ft.errors",
+        "lit_ft.models",
+        "lit_ft.replay",
+        "lit_ft.resources",
+        "lit_ft.rewards.base",
+        # What can be said of vLLM before it is started.
+        "serve.engine",
+    ),
+    "lit_ft/replay.py": ("lit_ft.batches", "lit_ft.models", "lit_ft.progress", "lit_ft.reference", "lit_ft.rollouts"),
     "lit_ft/callbacks": (
         "lit_ft.models.kinds",
         "lit_ft.adapter",
-        "lit_ft.energy",
-        "lit_ft.memory",
+        "lit_ft.resources.energy",
+        "lit_ft.resources.memory",
         "lit_ft.progress",
         "lit_ft.batches",
-        "lit_ft.distributed",
-        "lit_ft.flops",
-        "lit_ft.launched",
+        "lit_ft.distributed.processes",
+        "lit_ft.resources.flops",
+        "lit_ft.distributed.launched",
         "lit_ft.losses",
-        "lit_ft.machine",
+        "lit_ft.resources.machine",
     ),
     "lit_ft/checkpoint.py": ("lit_ft.errors", "lit_ft.progress"),
-    "lit_ft/strategy.py": ("lit_ft.distributed", "lit_ft.models"),
-    "lit_ft/launched.py": ("lit_ft.distributed",),
-    "lit_ft/launch.py": ("lit_ft.adapter", "lit_ft.launched", "lit_ft.progress", "lit_ft.sweep"),
+    "lit_ft/distributed/strategy.py": ("lit_ft.distributed.processes", "lit_ft.models"),
+    "lit_ft/distributed/launched.py": ("lit_ft.distributed.processes",),
+    "lit_ft/distributed/launch.py": (
+        "lit_ft.adapter",
+        "lit_ft.distributed.launched",
+        "lit_ft.progress",
+        "lit_ft.sweep",
+    ),
     "lit_ft/config.py": (),
     "lit_ft/sweep.py": ("lit_ft.adapter", "lit_ft.errors", "lit_ft.progress"),
     # The preference store and its statistics stand alone; what serves stands below what shows.
@@ -187,6 +219,19 @@ ALLOWED = {
 }
 
 
+# Who knows Hydra: the command line, what starts its runs anew in other processes, and what instantiates.
+HYDRA = {
+    "cli.py",
+    "config.py",
+    "distributed/launch.py",
+    "preview.py",
+    "previewing/settings.py",
+    "sweep.py",
+    "train.py",
+    "wiring/trainer.py",
+}
+
+
 def project_imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -213,8 +258,14 @@ def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
 def test_only_the_command_line_and_the_wiring_know_hydra() -> None:
     for file in sorted((ROOT / "lit_ft").rglob("*.py")) + sorted((ROOT / "serve").rglob("*.py")):
         if "hydra" in file.read_text(encoding="utf-8"):
-            known = {"cli.py", "config.py", "launch.py", "preview.py", "sweep.py", "train.py", "trainer.py"}
-            assert file.name in known, f"{file.relative_to(ROOT)} speaks of Hydra"
+            assert str(file.relative_to(ROOT / "lit_ft")) in HYDRA, f"{file.relative_to(ROOT)} speaks of Hydra"
+
+
+def test_only_commands_and_the_wiring_know_the_settings() -> None:
+    above = ("cli.py", "preview.py", "train.py", "wiring/", "previewing/")
+    for file in sorted((ROOT / "lit_ft").rglob("*.py")) + sorted((ROOT / "serve").rglob("*.py")):
+        if "lit_ft.config" in project_imports(file):
+            assert str(file.relative_to(ROOT / "lit_ft")).startswith(above), f"{file.relative_to(ROOT)} knows them"
 
 
 def test_losses_import_torch_only() -> None:

@@ -20,7 +20,7 @@ from lit_ft.data.datamodule import load_examples
 from lit_ft.models.judge import put_judge, read_judge
 from lit_ft.rewards.base import Sample
 from lit_ft.rewards.judge import JudgeReward
-from lit_ft.rlhf import Roles
+from lit_ft.wiring.online import Roles
 from serve import registry
 from tests.conftest import Outcome
 from tests.lit_ft.test_online_cli import FEW, publish_judge

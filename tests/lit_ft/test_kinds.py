@@ -328,18 +328,18 @@ def test_auto_goes_on_from_the_newest_that_the_kind_can(
     published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And says what it passes over and why; the base is the last resort."""
-    from lit_ft.train import _newest
+    from lit_ft.wiring.start import newest
 
     for name in ("ia3", "lora", "dora", "full"):
         stored(tmp_path, published, name)
     expected = {"lora": "support@v2", "dora": "support@v3", "adalora": "support@v2", "ia3": "support@v1"}
     for name, make in MADE.items():
-        found = _newest(tmp_path, "support", ("sft",), make())
+        found = newest(tmp_path, "support", ("sft",), make())
         assert (found.card.ref if found else None) == expected.get(name, expected["lora"] if name == "rslora" else None)
         said = capsys.readouterr().err
         assert said.startswith("left out   support@v4") and said.count("\n") == 1, said
-    assert _newest(tmp_path, "support", ("dpo",), Lora(r=4)) is None
-    assert _newest(tmp_path, "support", ("sft",), AdaLora(init_r=3, target_r=2)) is None
+    assert newest(tmp_path, "support", ("dpo",), Lora(r=4)) is None
+    assert newest(tmp_path, "support", ("sft",), AdaLora(init_r=3, target_r=2)) is None
     assert "support@v4 (and support@v3, support@v2, support@v1) is a whole model" in capsys.readouterr().err
 
 
@@ -525,7 +525,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     from lit_ft import train
 
     caught: dict[str, Tensor] = {}
-    make = train._kind
+    make = train.adapter_kind
 
     def spied(cfg: Any) -> AdapterKind:
         kind = make(cfg)
@@ -540,7 +540,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         monkeypatch.setattr(kind, "published", published)
         return kind
 
-    monkeypatch.setattr(train, "_kind", spied)
+    monkeypatch.setattr(train, "adapter_kind", spied)
     return caught
 
 
@@ -687,7 +687,7 @@ def test_kinds_that_cannot_be_sharded_are_refused_before_anything_is_loaded(
 ) -> None:
     from lit_ft import train
 
-    monkeypatch.setattr(train, "_model", lambda *_: pytest.fail("too late: the model is being loaded"))
+    monkeypatch.setattr(train, "make_model", lambda *_: pytest.fail("too late: the model is being loaded"))
     outcome = run(*settings, "trainer.devices=2")
     name, way = (word.split("=")[1] for word in settings)
     said = " ".join(outcome.err.split())
@@ -728,7 +728,7 @@ def noting_masks(**_: Any) -> Any:
     """In place of a logger, in each process: note which triplets it kept."""
     from lightning.pytorch.loggers.logger import DummyLogger
 
-    from lit_ft.distributed import rank
+    from lit_ft.distributed.processes import rank
     from lit_ft.models.kinds import adalora
 
     keep = adalora.keep_most_important

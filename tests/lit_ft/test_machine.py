@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ft import machine
 from lit_ft.errors import UserError
-from lit_ft.machine import Threads, choose_threads, cpu_quota, matrix_rate
 from lit_ft.models import precision
 from lit_ft.models.precision import choose_precision
+from lit_ft.resources import machine
+from lit_ft.resources.machine import Threads, choose_threads, cpu_quota, matrix_rate
 
 CPU = torch.device("cpu")
 MEASURED = precision._rates  # what measures, which tests have replaced

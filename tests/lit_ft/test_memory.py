@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_ft.batches import Batch, Completion, Example, pack, pad
-from lit_ft.memory import Account, account, explain, is_out_of_memory, machine_memory
 from lit_ft.models.kinds.full import train_all
 from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import score, use_packed_attention
 from lit_ft.modules import SFTModule
+from lit_ft.resources.memory import Account, account, explain, is_out_of_memory, machine_memory
 from tests import tiny
 from tests.conftest import Outcome
 

@@ -984,7 +984,7 @@ def in_each_process(kind: str, folder: Path) -> None:
     rank = os.environ.get("LOCAL_RANK")
     options: dict[str, Any] = {}
     if rank is not None:
-        from lit_ft.strategy import ddp
+        from lit_ft.distributed.strategy import ddp
 
         options = {"strategy": ddp(), "devices": 2}
     # Seven prompts in windows of three, so that of the last window the second process has none.

@@ -20,8 +20,10 @@ from lit_ft.batches import Completion, Example
 from lit_ft.data.chat import show
 from lit_ft.models.adapt import parameter_counts, save_trained
 from lit_ft.models.kinds import KINDS
-from lit_ft.preview import decoded, published_bytes, settings, target_modules, weightless
-from lit_ft.preview_page import Piece, Section, as_html, as_text, visible
+from lit_ft.previewing.offline import decoded
+from lit_ft.previewing.page import Piece, Section, as_html, as_text, visible
+from lit_ft.previewing.settings import settings
+from lit_ft.previewing.weightless import published_bytes, target_modules, weightless
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft.test_votes import Vote, write_store
@@ -82,7 +84,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(transformers.modeling_utils, "load_state_dict", refuse)
-    monkeypatch.setattr("lit_ft.train.load_model", refuse)
+    monkeypatch.setattr("lit_ft.wiring.model.load_model", refuse)
     monkeypatch.setattr("lit_ft.models.load.load_model", refuse)
     monkeypatch.setattr(safetensors, "safe_open", refuse)
     known = safetensors.torch.load_file
@@ -140,7 +142,7 @@ def test_a_second_round_goes_on_from_the_first_ones_adapter(
 @pytest.mark.parametrize("kind", ["lora", "rslora", "lora_plus", "dora", "pissa", "adalora", "ia3", "full"])
 def test_every_kind_on_every_family(folders: dict[str, Path], tmp_path: Path, family: str, kind: str) -> None:
     from lit_ft.models.precision import choose_precision
-    from lit_ft.train import _kind, _model
+    from lit_ft.wiring.model import adapter_kind, make_model
 
     small = {"ia3": [], "full": [], "adalora": ["peft.init_r=6", "peft.target_r=4"]}.get(kind, ["peft.r=4"])
     cfg = composed(
@@ -148,9 +150,9 @@ def test_every_kind_on_every_family(folders: dict[str, Path], tmp_path: Path, fa
     )
 
     precision = choose_precision("32-true", torch.device("cpu"))
-    found = weightless(cfg, _kind(cfg), None, precision)
+    found = weightless(cfg, adapter_kind(cfg), None, precision)
     assert {p.device.type for p in found.parameters()} == {"meta"}
-    real = _model(cfg, _kind(cfg), None, precision)
+    real = make_model(cfg, adapter_kind(cfg), None, precision)
     assert parameter_counts(found) == parameter_counts(real)
     assert target_modules(found) == target_modules(real)
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in found.named_parameters()} == {

@@ -31,12 +31,12 @@ from lit_ft.callbacks.profile import (
     attribute,
 )
 from lit_ft.data.datamodule import ExamplesDataModule
-from lit_ft.flops import computed_tokens, step_flops
 from lit_ft.losses.logprobs import PROFILED
-from lit_ft.machine import matrix_rate
 from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules import SFTModule
+from lit_ft.resources.flops import computed_tokens, step_flops
+from lit_ft.resources.machine import matrix_rate
 from tests import tiny
 
 # Attribution of made-up events.

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lit_ft import adapter
 from lit_ft.batches import Batch, Completion, Example, pack, pad
 from lit_ft.errors import UserError
-from lit_ft.estimate import Setting, rehearse
 from lit_ft.models import four_bits, lora
 from lit_ft.models.adapt import causal_lm, parameter_counts, save_trained
 from lit_ft.models.kinds.lora import Lora, QLora
 from lit_ft.models.load import _from_config, load_model, shrink
 from lit_ft.models.score import score, use_packed_attention
 from lit_ft.modules import SFTModule
+from lit_ft.resources.estimate import Setting, rehearse
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft.test_estimate import batch_of, really_held

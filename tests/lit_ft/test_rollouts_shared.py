@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_ft.distributed import join, leave
+from lit_ft.distributed.processes import join, leave
 from lit_ft.errors import UserError
 from lit_ft.rewards.base import Sample
 from lit_ft.rollouts import RolloutEngine, Sampling
@@ -70,7 +70,7 @@ def engine_of(stubs: Stubs, folder: Path) -> RolloutEngine:
 
 def trained(stubs: Stubs, folder: Path, score: Any = spread, **settings: Any) -> dict[str, Any]:
     """Train a tiny model with an engine; what came of it."""
-    from lit_ft.strategy import ddp
+    from lit_ft.distributed.strategy import ddp
 
     several = {"strategy": ddp(), "devices": 2} if "LOCAL_RANK" in os.environ else {}
     engine = engine_of(stubs, folder)

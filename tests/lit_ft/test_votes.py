@@ -621,7 +621,7 @@ def test_too_few_are_refused_before_a_model_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is loaded")
 
-    monkeypatch.setattr("lit_ft.train.load_model", load)
+    monkeypatch.setattr("lit_ft.wiring.model.load_model", load)
     monkeypatch.setattr("lit_ft.train.load_tokenizer", load)
     write_store(Path("votes.db"), questions(19), base)
     done = dpo()

@@ -10,9 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from lit_ft.distributed import rank
+from lit_ft.distributed.processes import rank
 
-# Set in the processes that `lit_ft.launch` starts: by whom.
+# Set in the processes that `lit_ft.distributed.launch` starts: by whom.
 OURS = "LIT_FT_LAUNCHED"
 # A file in which the first of them leaves the place of its last checkpoint, until it has said itself how to go on.
 NOTE = "LIT_FT_LAST"

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lit_ft.config import Algorithm, Config, Peft, Replay, Rollout, Strategy, trains_on_votes
-from lit_ft.distributed import rank, started_by_others
+from lit_ft.distributed.processes import rank, started_by_others
 from lit_ft.errors import UserError
 
 SHARDED = frozenset({Strategy.fsdp, Strategy.fsdp_tp})

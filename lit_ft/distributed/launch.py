@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.adapter import Adapter, read
-from lit_ft.launched import LOST_ANOTHER, NOTE, OURS, how_to_go_on
+from lit_ft.distributed.launched import LOST_ANOTHER, NOTE, OURS, how_to_go_on
 from lit_ft.progress import say
 from lit_ft.sweep import RESULT
 

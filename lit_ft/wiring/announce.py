@@ -10,12 +10,11 @@ from lit_ft.adapter import Adapter
 from lit_ft.config import Config, Strategy
 from lit_ft.data.chat import show
 from lit_ft.data.datamodule import Prepared
-from lit_ft.distributed import Ranks
-from lit_ft.machine import Threads
+from lit_ft.distributed.processes import Ranks
 from lit_ft.models import adapt
-from lit_ft.models.precision import Precision
 from lit_ft.models.shard import bytes_held
 from lit_ft.progress import say
+from lit_ft.wiring.place import Place
 
 
 def quiet() -> None:
@@ -45,8 +44,7 @@ def first_lines(
     cfg: Config,
     model: Any,
     start: Adapter | None,
-    precision: Precision,
-    threads: Threads,
+    place: Place,
     rows: str,
     data: Prepared,
     val: Prepared | None,
@@ -64,9 +62,9 @@ def first_lines(
         rate = cfg.algorithm.learning_rate
         kind_name = cfg.peft.kind.value
         say(f"rate       {rate * factor:g}: {factor:g} times algorithm.learning_rate={rate:g}, for peft={kind_name}")
-    say(f"arithmetic {precision.trainer} ({precision.why})")
-    say(f"threads    {threads.count} ({threads.why})")
-    say(f"rows       {rows}")
+    say(f"arithmetic {place.precision.trainer} ({place.precision.why})")
+    say(f"threads    {place.threads.count} ({place.threads.why})")
+    say(f"rows       {rows}, up to {place.max_tokens:,} tokens a pass")
     say(f"training   {cfg.data.path}: {data.summary()}")
     say(f"held out   {val.summary() if val else 'nothing'}")
     example = data.examples[0]

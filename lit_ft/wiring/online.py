@@ -19,7 +19,7 @@ from lit_ft.config import Algorithm, Config, Reference, Rollout, ValueFrom
 from lit_ft.data.chat import ChatEncoder
 from lit_ft.data.datamodule import load_examples
 from lit_ft.data.formats import to_record
-from lit_ft.distributed import size
+from lit_ft.distributed.processes import size
 from lit_ft.errors import UserError
 from lit_ft.models import adapt
 from lit_ft.models.judge import JudgeFiles, hidden_size, put_judge, read_judge, scalar_head
@@ -244,7 +244,6 @@ def online_module(
     from lit_ft.modules.ppo import PPOModule
 
     algorithm: Any = cfg.algorithm
-    autocast = torch.bfloat16 if precision.trainer == "bf16-mixed" else None
     columns = dict(cfg.data.columns) if cfg.data.columns else None
 
     def ask(example: Example) -> Any:
@@ -257,9 +256,9 @@ def online_module(
     common: dict[str, Any] = {
         **shared,
         **batches,
-        "engine": make_engine(cfg, model, tokenizer, run, device, autocast, **(vllm or {})),
-        "reward": make_rewards("reward", cfg.reward, roles, model, **batches, autocast=autocast),
-        "judge": make_rewards("judge", cfg.judge, roles, model, **batches, autocast=autocast)
+        "engine": make_engine(cfg, model, tokenizer, run, device, precision.autocast, **(vllm or {})),
+        "reward": make_rewards("reward", cfg.reward, roles, model, **batches, autocast=precision.autocast),
+        "judge": make_rewards("judge", cfg.judge, roles, model, **batches, autocast=precision.autocast)
         if cfg.judge is not None
         else None,
         "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),

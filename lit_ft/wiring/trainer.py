@@ -4,28 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
 from lit_ft.callbacks.interrupt import FinishStepOnSignal
 from lit_ft.checkpoint import SafeCheckpointIO
-from lit_ft.checks import SHARDED
 from lit_ft.config import Config, FloatFormat, Strategy
-from lit_ft.distributed import Ranks, agree
+from lit_ft.distributed.processes import Ranks, agree
 from lit_ft.errors import UserError
 from lit_ft.models.kinds import AdapterKind
 from lit_ft.models.precision import Precision
 from lit_ft.models.score import score_gathered
 from lit_ft.models.shard import shard
+from lit_ft.wiring.checks import SHARDED
+from lit_ft.wiring.settings import mapping
+
+
+class Callbacks(NamedTuple):
+    """Those of a run.
+
+    Attributes:
+        best: keeps the best weights.
+        stopper: watches for signals.
+        history: what happened, step by step.
+        average: averages the weights, or None.
+        every: all, these among them.
+    """
+
+    best: Any
+    stopper: FinishStepOnSignal
+    history: Any
+    average: Any
+    every: list[Any]
 
 
 def make_callbacks(
-    cfg: Config, module: Any, kind: AdapterKind, last: Path, *, validates: bool, gpus: Sequence[int] = ()
-) -> tuple[Any, FinishStepOnSignal, Any, Any, list[Any]]:
-    """What keeps the best weights, what watches for signals, the run's history, what averages the weights or None, and
-    all callbacks, these among them. The energy of `gpus` is counted.
+    cfg: Config,
+    module: Any,
+    kind: AdapterKind,
+    last: Path,
+    *,
+    validates: bool,
+    gpus: Sequence[int] = (),
+    profile: Path | None = None,
+) -> Callbacks:
+    """The callbacks that the settings ask for.
+
+    Args:
+        cfg: says which.
+        module: that is trained.
+        kind: of its adapter.
+        last: where the last checkpoint goes; the best one goes beside it.
+        validates: whether there are held-out rows.
+        gpus: whose energy is counted.
+        profile: the folder for the profile of the steps, or None for none.
+
+    Raises:
+        UserError: a setting needs held-out rows, and there are none.
     """
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -69,12 +105,16 @@ def make_callbacks(
         if not validates:
             raise UserError("trainer.early_stopping needs held-out rows: set data.val_path or data.val_split.")
         callbacks.append(EarlyStopping(module.monitor, mode=module.monitor_mode, patience=cfg.trainer.early_stopping))
-    return best, stopper, history, average, callbacks
+    if profile is not None:
+        from lit_ft.callbacks.profile import ProfileSteps
+
+        callbacks.insert(0, ProfileSteps(profile))  # first, so that a step ends before others save or stop
+    return Callbacks(best, stopper, history, average, callbacks)
 
 
 def make_strategy(cfg: Config, ranks: Ranks) -> Any:
     """Lightning's strategy, or its name."""
-    from lit_ft.strategy import ShardedStrategy, ddp
+    from lit_ft.distributed.strategy import ShardedStrategy, ddp
 
     wanted, extra = cfg.strategy, mapping("strategy.extra", cfg.strategy.extra)
     if set_already := {"timeout", "process_group_backend"} & set(extra):
@@ -164,7 +204,7 @@ def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[
     """Put the best weights into the module, the last ones among the candidates, and return their held-out metrics."""
     if datamodule is None:
         return {"step": float(trainer.global_step)}
-    from lit_ft.strategy import load_trained
+    from lit_ft.distributed.strategy import load_trained
 
     # What the file says, and not the callback: where the disk was full the file is of an earlier step, or not there.
     path = Path(best.best_model_path)
@@ -182,12 +222,3 @@ def best_metrics(module: Any, best: Any, trainer: Any, datamodule: Any) -> dict[
         return {**final, "step": float(trainer.global_step)}
     load_trained(module, kept["state_dict"])
     return {**kept["lit_ft"]["metrics"], "step": float(kept["global_step"])}
-
-
-def mapping(key: str, value: Any) -> dict[str, Any]:
-    """A setting that is a mapping or null (a typed one could not be given on the command line)."""
-    if value is None:
-        return {}
-    if not OmegaConf.is_dict(value):
-        raise UserError(f"{key}={value} is not a mapping: give it as '{key}={{name: value}}'.")
-    return dict(value)

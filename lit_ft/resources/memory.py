@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
 import sys
@@ -510,3 +511,11 @@ def _asked(error: BaseException | None) -> str | None:
         return size_in_words(int(found[1]))
     found = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", text)
     return found[1] if found else None
+
+
+def resident_bytes() -> int | None:
+    """Main memory that this process has now; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lit_ft.distributed import PATIENCE
+from lit_ft.distributed.processes import PATIENCE
 from lit_ft.models.shard import is_sharded
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

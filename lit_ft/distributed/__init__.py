@@ -1,0 +1,1 @@
+"""Several processes: started, joined, what they agree on, and how they share a model."""
