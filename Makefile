@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml
 demo: install
 	@examples/demo.sh $(PY)
 
+# Tests start many processes: with their bytecode kept, whatever the shell says of it, each starts sooner.
+test unit: export PYTHONDONTWRITEBYTECODE =
+
 # The tests on tiny models side by side; then those that start processes or a browser, and those that start vLLM, two
 # files at a time; then those that measure, and want the machine for themselves.
 test: unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -502,6 +503,15 @@ def register_schemas() -> None:
 
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
+    _register_groups()
+
+
+@functools.cache
+def _register_groups() -> None:
+    """Those that are the same for every command."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
     store.store(group="model", name="model_schema", node=ModelConfig)
     store.store(group="peft", name="peft_schema", node=PeftConfig)
     store.store(group="peft", name="lora_schema", node=LoraConfig)

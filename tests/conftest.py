@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests import tiny
+
+# A collection goes through all that torch and transformers have made, and takes a tenth of a tiny run otherwise.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

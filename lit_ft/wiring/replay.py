@@ -71,7 +71,7 @@ def replay(
     below = not (kind.whole_model or kind.changes_base)
 
     def answers(prompts: Sequence[Example]) -> list[Example]:
-        asked = _drawn(prompts, cfg.replay.max_prompts)
+        asked = drawn(prompts, cfg.replay.max_prompts)
         if len(asked) < 2:
             raise UserError(
                 f"replay.path={cfg.replay.path} gives {len(asked)} prompts, and one in four is left out of training: "
@@ -116,7 +116,7 @@ def _trained(answers: Sequence[Example]) -> list[Example]:
     return [example for k, example in enumerate(answers) if k % 4]
 
 
-def _drawn(prompts: Sequence[Example], most: int) -> list[tuple[int, ...]]:
+def drawn(prompts: Sequence[Example], most: int) -> list[tuple[int, ...]]:
     """The token ids of at most `most` different prompts: whatever a run's seed the same, which are answered once."""
     different = list(dict.fromkeys(example.prompt for example in prompts))
     return random.Random("replay").sample(different, min(most, len(different)))

@@ -17,7 +17,6 @@ from serve.client import Timing
 from serve.conversation import Message, Origin, as_typed, for_engine, for_page, literal, up_to_question
 from serve.pace import Pace
 from serve.pages.parts import (
-    LONGEST_REPLY,
     QUICK,
     REFRESH,
     STREAMING,
@@ -26,12 +25,12 @@ from serve.pages.parts import (
     as_side,
     how_it_went,
     notice,
-    read_seed,
     room_for_all,
     told,
 )
+from serve.pages.settings import length_and_seed, randomness, read_sampling
 from serve.stopping import Stop, until
-from serve.votes import Ballot, Sampling
+from serve.votes import Ballot
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +84,8 @@ def build(parts: Parts) -> Look:
             card = gr.HTML("", elem_id="card", container=True, padding=True)
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 system = gr.Textbox("", label="System prompt", lines=3, placeholder="None", elem_id="system")
-                temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", elem_id="temperature")
-                top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", elem_id="top-p")
-                longest = max(1, parts.max_model_len - 1)
-                max_tokens = gr.Slider(
-                    1,
-                    longest,
-                    min(LONGEST_REPLY, longest),
-                    step=1,
-                    label="Longest reply, in tokens",
-                    elem_id="max-tokens",
-                )
-                seed = gr.Textbox("", label="Seed", placeholder="Random each time", max_lines=1, elem_id="seed")
+                temperature, top_p = randomness()
+                max_tokens, seed = length_and_seed(parts.max_model_len)
 
     settings = [model, system, temperature, top_p, max_tokens, seed]
     shown = [chat, history, box, line, send, stop_button]
@@ -276,7 +265,7 @@ async def replies(
     timing: Timing | None = None
     reason = ""
     ref = parts.fleet.resolve(model)
-    sampling = Sampling(temperature, top_p, int(max_tokens), read_seed(seed))
+    sampling = read_sampling(temperature, top_p, max_tokens, seed)
     prompt = for_engine(system, asked)
     # The weights that answer now: when a vote comes, others may have taken the name, or nothing has it any more.
     reply = Message("assistant", "", parts.label(ref), origin=Origin(ref, parts.hash_of(ref), prompt, sampling))

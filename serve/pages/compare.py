@@ -20,7 +20,6 @@ from serve.conversation import Message, for_engine, for_page
 from serve.errors import UnknownModelError
 from serve.pace import Pace
 from serve.pages.parts import (
-    LONGEST_REPLY,
     QUICK,
     STREAMING,
     Look,
@@ -28,9 +27,9 @@ from serve.pages.parts import (
     as_side,
     how_it_went,
     notice,
-    read_seed,
     told,
 )
+from serve.pages.settings import length_and_seed, randomness, read_sampling
 from serve.stopping import Stop, until
 from serve.votes import COMMENT_LIMIT, Ballot, Sampling
 
@@ -196,19 +195,9 @@ def build(parts: Parts) -> Look:
     with gr.Accordion("Settings, the same for both", open=False, elem_id="duel-settings"):
         system = gr.Textbox("", label="System prompt", lines=3, placeholder="None", elem_id="duel-system")
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", elem_id="duel-temperature")
-            top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", elem_id="duel-top-p")
+            temperature, top_p = randomness("duel-")
         with gr.Row():
-            longest = max(1, parts.max_model_len - 1)
-            max_tokens = gr.Slider(
-                1,
-                longest,
-                min(LONGEST_REPLY, longest),
-                step=1,
-                label="Longest reply, in tokens",
-                elem_id="duel-max-tokens",
-            )
-            seed = gr.Textbox("", label="Seed", placeholder="Random each time", max_lines=1, elem_id="duel-seed")
+            max_tokens, seed = length_and_seed(parts.max_model_len, "duel-")
 
     pickers = [blind, pool, left, right]
     settings = [system, temperature, top_p, max_tokens, seed]
@@ -483,11 +472,6 @@ async def both(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def read_sampling(temperature: float, top_p: float, max_tokens: float, seed: str) -> Sampling:
-    """The settings of the page; raises UserError for a seed that is no number."""
-    return Sampling(temperature, top_p, int(max_tokens), read_seed(seed))
 
 
 def as_ballot(parts: Parts, voter: str, match: Match, asked: Sequence[dict[str, str]], sampling: Sampling) -> Ballot:

@@ -26,9 +26,6 @@ REPLIES = 1000
 EVENTS = 32
 """Of each event that is over at once."""
 
-LONGEST_REPLY = 256
-"""What the pages begin with, in tokens."""
-
 # For events that write a reply, and for those that are over at once.
 STREAMING: dict[str, Any] = {
     "concurrency_id": "replies",
@@ -129,18 +126,6 @@ def room_for_all() -> None:
     """
     if Context.root_block is not None:
         Context.root_block.max_threads = REPLIES + 8 * EVENTS
-
-
-def read_seed(text: str) -> int | None:
-    """A text box, because Gradio's number box turns an empty one into 0."""
-    if not text.strip():
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"The seed {text.strip()!r} is not a whole number. Write one in the settings, or leave the seed empty."
-        ) from None
 
 
 def how_it_went(timing: Timing | None, reason: str) -> str:

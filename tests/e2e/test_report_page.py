@@ -10,7 +10,7 @@ import pytest
 from lit_ft.evaluation.page import as_html
 from lit_ft.evaluation.write import write_report
 from tests.e2e.pages import serving
-from tests.lit_ft.test_evaluation_page import FULL
+from tests.lit_ft.evaluation.test_page import FULL
 from tests.serve.page_parts import made
 from tests.serve.published import adapter
 from tests.serve.stub_engine import running

@@ -215,6 +215,7 @@ def test_the_newest_run_of_the_algorithm_is_taken(last: Path, tmp_path: Path) ->
     assert [one.step for one in found if one] == [7, 8]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_damaged_one_and_the_one_it_offers_is_exact(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,8 +21,8 @@ from lit_ft import adapter
 from lit_ft.cli import conf_folder
 from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
+from tests.lit_ft.data.test_votes import questions, write_store
 from tests.lit_ft.test_online_cli import publish_judge
-from tests.lit_ft.test_votes import questions, write_store
 
 GROUPS = ("model", "peft", "algorithm", "data", "trainer", "strategy", "logger", "rollout")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_folder() / group).glob("*.yaml"))]
@@ -154,6 +154,7 @@ def test_the_article_goes_on_with_dpo_on_its_three_rows(
     assert "Assistant: " in Path("adapters/article/v2/chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 def test_dpo_says_what_it_starts_from(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
     sft = cli("+experiment=sft", f"model.id={llama_folder}", *FEW)
     assert sft.code == 0 and sft.out == "adapters/support/v1\n"
@@ -164,6 +165,7 @@ def test_dpo_says_what_it_starts_from(cli: Callable[..., Outcome], own_cache: Pa
     assert "start      the base model" in base.err
 
 
+@pytest.mark.slow
 def test_reference_logprobs_are_reused_across_runs(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_a_warm_cache_gives_the_losses_of_a_cold_one(
     assert logged[0] == logged[1]
 
 
+@pytest.mark.slow
 def test_whatever_a_reference_depends_on_makes_it_anew(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +218,7 @@ def test_whatever_a_reference_depends_on_makes_it_anew(
         monkeypatch.setenv("LIT_FT_CACHE", str(own_cache))
 
 
+@pytest.mark.slow
 def test_an_adapter_scaled_otherwise_is_another_reference(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
 ) -> None:

@@ -273,7 +273,7 @@ def test_no_space_for_a_gguf_file(export: Export, tmp_path: Path, monkeypatch: p
     """While its weights are written, after the file was begun."""
     from gguf import GGUFWriter
 
-    from tests.lit_ft.test_export_gguf import model, tokenizer
+    from tests.lit_ft.exporting.test_gguf import model, tokenizer
 
     model("llama").save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")

@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.lit_ft.test_strategies import write_rows
+from tests.lit_ft.distributed.test_strategies import write_rows
 from tests.processes import ROOT, run_together
 
 pytestmark = [

@@ -231,6 +231,7 @@ def assert_same_published(ours: str, theirs: str) -> None:
     assert one.card.metrics == other.card.metrics, "the best of the same validations"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     run: Run, interrupted: Callable[[int], None], llama_folder: Path, algorithm: str

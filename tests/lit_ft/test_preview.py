@@ -26,7 +26,7 @@ from lit_ft.previewing.settings import settings
 from lit_ft.previewing.weightless import published_bytes, target_modules, weightless
 from tests import tiny
 from tests.conftest import Outcome
-from tests.lit_ft.test_votes import Vote, write_store
+from tests.lit_ft.data.test_votes import Vote, write_store
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,11 @@ import pytest
 from lit_ft import adapter
 from lit_ft.models.resolve import model_fingerprint
 from tests.conftest import Outcome
-from tests.lit_ft import test_export_gguf
+from tests.lit_ft.data.test_votes import questions, write_store
+from tests.lit_ft.exporting import test_gguf
 from tests.lit_ft.made import export, published
 from tests.lit_ft.test_evaluate import FEW, evaluate
 from tests.lit_ft.test_preview import preview
-from tests.lit_ft.test_votes import questions, write_store
 
 __all__ = ["evaluate", "export", "preview"]  # fixtures
 
@@ -120,9 +120,9 @@ def test_preview_command(preview: Callable[..., Outcome], llama_folder: Path, co
 @pytest.mark.slow
 def test_export_commands(export: Callable[..., Outcome], tmp_path: Path) -> None:
     base = tmp_path / "base"
-    test_export_gguf.model("llama").save_pretrained(base)
+    test_gguf.model("llama").save_pretrained(base)
     for folder in (base, published(Path("adapters"), base, "dora")[0].path):
-        test_export_gguf.tokenizer().save_pretrained(folder)
+        test_gguf.tokenizer().save_pretrained(folder)
     assert len(EXPORT) == 5
     for command in EXPORT:
         outcome = export(*shlex.split(command))

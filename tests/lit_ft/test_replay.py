@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lit_ft import adapter, replay
 from lit_ft.batches import Example
 from lit_ft.rollouts.transformers import TransformersRollouts
+from lit_ft.wiring.replay import drawn
 from tests import tiny
 from tests.conftest import Outcome
 from tests.lit_ft.test_resume import interrupted as interrupted
@@ -116,7 +117,7 @@ def test_they_are_the_base_s_whatever_is_trained(
         )
         for row in rows
     ]
-    asked = replay._drawn([Example(text, ()) for text in texts], PROMPTS)
+    asked = drawn([Example(text, ()) for text in texts], PROMPTS)
     own = replay.base_answers(
         model, tokenizer, asked, max_new_tokens=12, kept=own_cache / "plain", depends_on="plain", below=False
     )
@@ -143,6 +144,7 @@ def test_adapters_are_switched_off_meanwhile(tmp_path: Path) -> None:
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_kl_coef_holds_the_policy(run: Run) -> None:
     for name, coefficient in (("free", 0.001), ("held", 300.0)):
         assert run(f"name={name}", f"algorithm.kl_coef={coefficient}", "trainer.max_epochs=4").code == 0
@@ -158,6 +160,7 @@ def test_on_prompts_of_the_task(run: Run, generated: list[int]) -> None:
     assert generated == [8] and "eval/kl" in card().metrics
 
 
+@pytest.mark.slow
 def test_steps_are_compared_by_both(run: Run) -> None:
     """At a rate that destroys the model far from the base, a heavy weight publishes the earlier step."""
     settings = ["trainer.max_epochs=6", "algorithm.lr_scheduler_type=constant"]
@@ -169,6 +172,7 @@ def test_steps_are_compared_by_both(run: Run) -> None:
     assert by_loss["eval/loss"] < by_both["eval/loss"] and by_loss["eval/kl"] > by_both["eval/kl"]
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_run_that_drifts(run: Run) -> None:
     settings = ["trainer.max_epochs=8", "algorithm.lr_scheduler_type=constant", "trainer.early_stopping=2"]
     long = run("name=loss", "algorithm.kl_coef=1e-6", *settings)
@@ -242,6 +246,7 @@ def test_too_few_prompts(run: Run, tmp_path: Path) -> None:
     assert outcome.code == 2 and "gives 1 prompts, and one in four" in " ".join(outcome.err.split())
 
 
+@pytest.mark.slow
 def test_the_preview_counts_them_without_asking_anybody(
     in_process: Callable[..., Run], generated: list[int], own_cache: Path, llama_folder: Path, prompts: Path
 ) -> None:

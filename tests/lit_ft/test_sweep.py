@@ -119,6 +119,7 @@ def test_a_failure_is_kept_where_the_runs_folder_went(tmp_path: Path) -> None:
     assert sweep.read_result(run) == {}
 
 
+@pytest.mark.slow
 def test_values_one_after_another_and_a_bad_one_among_them(
     cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_bad_value_is_refused_before_the_first_run(cli: Callable[..., Outcome]
     assert not list(Path("runs").rglob("runs.csv")) and not Path("adapters").exists()
 
 
+@pytest.mark.slow
 def test_a_defect_does_not_end_the_others(
     cli: Callable[..., Outcome], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_defect_does_not_end_the_others(
     assert all("ZeroDivisionError: by zero (a defect" in error for error in (errors[0], errors[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "name"), [(130, "SIGINT"), (143, "SIGTERM")])
 def test_a_signal_ends_the_sweep_and_the_table_is_shown(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, code: int, name: str
@@ -190,6 +193,7 @@ def test_a_signal_ends_the_sweep_and_the_table_is_shown(
     assert row["error"] == f"stopped by {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [-1, 144])
 def test_what_submitit_queues_again_goes_on_from_its_checkpoint(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, code: int
@@ -242,6 +246,7 @@ def optimum(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("formula")
 def test_optuna_survives_failed_trials_and_minimises(cli: Callable[..., Outcome]) -> None:
     done = cli("-m", "hydra/sweeper=optuna_lora", "hydra.sweeper.n_trials=5")
@@ -254,6 +259,7 @@ def test_optuna_survives_failed_trials_and_minimises(cli: Callable[..., Outcome]
     assert optimum(the_sweep(Path()))["best_value"] == pytest.approx(float(best["eval/loss"]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("formula")
 def test_optuna_maximises_with_a_minus_and_takes_other_values(cli: Callable[..., Outcome]) -> None:
     values = ("peft.r=choice(8,16,32)", "algorithm.learning_rate=1e-3", "objective=-eval/rewards/accuracies")
@@ -264,6 +270,7 @@ def test_optuna_maximises_with_a_minus_and_takes_other_values(cli: Callable[...,
     assert "alembic" not in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("formula")
 def test_optuna_where_every_trial_fails(cli: Callable[..., Outcome]) -> None:
     done = cli("-m", "hydra/sweeper=optuna_lora", "hydra.sweeper.n_trials=2", "peft.r=4")
@@ -372,6 +379,7 @@ def test_the_message_where_the_plugins_are_missing(tmp_path: Path) -> None:
         assert "pip install 'lit_ft[sweep]'" in " ".join(done.stderr.split()), done.stderr
 
 
+@pytest.mark.slow
 def test_optuna_trains(cli: Callable[..., Outcome], own_cache: Path, llama_folder: Path) -> None:
     few = (*FEW, f"model.id={llama_folder}", "hydra.sweeper.n_trials=2")
     done = cli("-m", "hydra/sweeper=optuna_lora", "+experiment=quickstart", *few)

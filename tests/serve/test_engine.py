@@ -195,6 +195,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_start_reports_progress_and_stop_leaves_no_process(tmp_path: Path, stand_in: Any) -> None:
     stand_in(SERVER)
     subject = engine(tmp_path)
@@ -214,6 +215,7 @@ def test_start_reports_progress_and_stop_leaves_no_process(tmp_path: Path, stand
     subject.stop()
 
 
+@pytest.mark.slow
 def test_it_can_be_started_again_with_the_same_key(tmp_path: Path, stand_in: Any) -> None:
     """After a crash: the client keeps its key, and asks for the new address."""
     stand_in(SERVER)
@@ -349,6 +351,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path, how: int) -> None:
     program = PARENT.format(program=SERVER, log=str(tmp_path / "log"))
@@ -360,6 +363,7 @@ def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path, how: int) -> N
     assert gone(group)
 
 
+@pytest.mark.slow
 def test_a_keeper_that_is_killed_does_not_save_its_group(tmp_path: Path, stand_in: Any) -> None:
     stand_in(SERVER)
     subject = engine(tmp_path)

@@ -137,7 +137,7 @@ def test_the_published_weights_are_the_average_of_those_after_each_step(
 def test_steps_of_an_iteration_count_one_by_one(run: Run, seen: SimpleNamespace) -> None:
     done = run(
         "+experiment=grpo",
-        "reward=tests.lit_ft.test_averaging:short",
+        "reward=tests.lit_ft.callbacks.test_averaging:short",
         "data.max_length=64",
         "algorithm.max_new_tokens=4",
         "algorithm.num_generations=2",
@@ -215,6 +215,7 @@ def test_an_error_in_a_validation_leaves_the_weights(
     assert all(torch.equal(now[name], value) for name, value in seen.weights[-1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["last", "best"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     run: Run, monkeypatch: pytest.MonkeyPatch, source: str

@@ -19,7 +19,7 @@ from lit_ft.evaluation.harness import Tasks, add_tasks, check_tasks, measured
 from lit_ft.evaluation.section import Section
 from lit_ft.evaluation.subject import Kept, Subject
 from tests import tiny
-from tests.lit_ft.test_evaluation_subject import adapted
+from tests.lit_ft.evaluation.test_subject import adapted
 
 TOKENIZER = tiny.tokenizer()
 ROWS = 24
@@ -99,6 +99,7 @@ def by_itself(model: Any, folder: Path, *tasks: str, **options: Any) -> dict[str
     return found
 
 
+@pytest.mark.slow
 def test_the_same_figures_as_the_harness_by_itself(folder: Path, both: tuple[Subject, Subject]) -> None:
     asked = Tasks(("tiny_both", "tiny_said", "tiny_words"), include_path=str(folder))
     found = {(one.task, one.metric): one for one in measured(*both, asked)}
@@ -132,6 +133,7 @@ def test_the_section_keeps_its_own_and_gets_the_tasks(folder: Path, both: tuple[
     assert made.before == pytest.approx(alone["results"]["tiny_wheels"]["acc,none"])
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_once(folder: Path, both: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the base answered is kept for the next adapter's report."""
     from lm_eval.models import huggingface

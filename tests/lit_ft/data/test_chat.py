@@ -172,7 +172,7 @@ def test_a_tokenizers_first_token_stands_once(eos_too: bool) -> None:
     assert encode(made, {"messages": chat("Hi", "Hello.")}) == "<|endoftext|>" + ONE
 
 
-PLAIN = (Path(__file__).parents[2] / "lit_ft" / "data" / "templates" / "plain.jinja").read_text()
+PLAIN = (Path(__file__).parents[3] / "lit_ft" / "data" / "templates" / "plain.jinja").read_text()
 
 
 @pytest.mark.parametrize("template", [tiny.CHATML, BOS_CHATML, DEFAULT_SYSTEM, FORGETFUL, STRICT, PLAIN])

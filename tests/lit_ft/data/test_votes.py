@@ -565,6 +565,7 @@ def dpo(cli: Callable[..., Outcome], llama_folder: Path, base: Base) -> Callable
     return lambda *args: cli(*FEW, f"model.id={llama_folder}", *args)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_newest_version(
     dpo: Callable[..., Outcome], cli: Callable[..., Outcome], base: Base, llama_folder: Path
 ) -> None:

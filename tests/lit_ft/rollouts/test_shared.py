@@ -19,9 +19,18 @@ from lit_ft.rewards.base import Sample
 from lit_ft.rollouts import RolloutEngine, Sampling
 from lit_ft.rollouts.shared import SharedRollouts
 from lit_ft.rollouts.vllm import VllmRollouts
+from tests.lit_ft.modules.test_online import (
+    Scored,
+    assert_near,
+    assert_same_metrics,
+    fit,
+    online,
+    prompts,
+    spread,
+    weights,
+)
+from tests.lit_ft.rollouts.test_vllm import write
 from tests.lit_ft.stub_vllm import STOP, Died, StubEngine, Stubs
-from tests.lit_ft.test_online import Scored, assert_near, assert_same_metrics, fit, online, prompts, spread, weights
-from tests.lit_ft.test_rollouts_vllm import write
 from tests.processes import ROOT, free_ports
 
 TRAINING: dict[str, Any] = {"num_mini_batches": 2, "num_generations": 2, "num_epochs": 2, "max_tokens": 40}
@@ -116,7 +125,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("shared")
     (port,) = free_ports(1)
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.lit_ft.test_rollouts_shared", str(folder)]
+    command = [sys.executable, "-m", "tests.lit_ft.rollouts.test_shared", str(folder)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [
         subprocess.Popen(command, cwd=folder, env={**env, "LOCAL_RANK": str(k), "NODE_RANK": "0"}, **pipes)

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from lit_ft.exporting import gguf as writing
+from tests.lit_ft.exporting.test_gguf import SIZE, cuts, model, tokenizer
 from tests.lit_ft.made import Export, adapter, export
-from tests.lit_ft.test_export_gguf import SIZE, cuts, model, tokenizer
 
 __all__ = ["export"]
 

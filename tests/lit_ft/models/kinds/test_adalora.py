@@ -469,6 +469,7 @@ def tensor_bytes(of: Any) -> int:
     return sum(map(tensor_bytes, values))
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact(run: Run, interrupted: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, before, while and after ranks are taken: the allocator's averages and masks are in the checkpoint."""
     assert run("name=whole", "trainer.max_steps=10").code == 0

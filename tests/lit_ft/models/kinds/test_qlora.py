@@ -27,9 +27,9 @@ from lit_ft.modules import SFTModule
 from lit_ft.resources.estimate import Setting, rehearse
 from tests import tiny
 from tests.conftest import Outcome
-from tests.lit_ft.test_estimate import batch_of, really_held
-from tests.lit_ft.test_lora import randomize
-from tests.lit_ft.test_memory import llama
+from tests.lit_ft.models.test_lora import randomize
+from tests.lit_ft.resources.test_estimate import batch_of, really_held
+from tests.lit_ft.resources.test_memory import llama
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -20,7 +20,7 @@ from lit_ft.models.kinds.lora import apply_lora
 from lit_ft.models.score import use_packed_attention
 from lit_ft.modules.reward import RewardModule
 from tests import tiny
-from tests.lit_ft.test_modules import PAD, example, fit
+from tests.lit_ft.modules.test_modules import PAD, example, fit
 
 TEXTS = [("hello ", "there", "you two"), ("what is it? ", "a parcel", "nothing at all"), ("so? ", "no, never", "yes")]
 
@@ -243,6 +243,7 @@ def ranked_by_a_token(count: int, seed: int) -> list[Example]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_learns_what_is_preferred(seed: int) -> None:
     """On held-out pairs above nine tenths, where the longer answer is right half of the time."""

@@ -14,7 +14,7 @@ from lit_ft.data.packing import Layout
 from lit_ft.models.score import kl_from_base
 from lit_ft.modules import DPOModule, SFTModule
 from lit_ft.modules.anchor import Anchor
-from tests.lit_ft.test_modules import ANSWERS, PAD, adapted, example, trainer_for, with_reference
+from tests.lit_ft.modules.test_modules import ANSWERS, PAD, adapted, example, trainer_for, with_reference
 
 OWN = [example(100 + k, 1) for k in range(10)]
 OTHERS = [example(200 + k, 1) for k in range(3)]

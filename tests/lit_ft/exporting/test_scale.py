@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_ft.adapter import read
+from tests.lit_ft.exporting.test_merged import read_whole
 from tests.lit_ft.made import Export, adapter, bases, export, logits, published, read_peft
-from tests.lit_ft.test_export_merged import read_whole
 
 pytestmark = pytest.mark.slow
 

@@ -31,8 +31,8 @@ from lit_ft.resources.estimate import (
 from lit_ft.rollouts import Sampling
 from lit_ft.rollouts.transformers import TransformersRollouts
 from tests import tiny
-from tests.lit_ft.test_memory import llama
-from tests.lit_ft.test_online import online
+from tests.lit_ft.modules.test_online import online
+from tests.lit_ft.resources.test_memory import llama
 
 pytestmark = pytest.mark.slow
 

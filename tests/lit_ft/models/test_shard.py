@@ -1,6 +1,6 @@
 """Sharded models in two and four real processes: who holds what, when it is gathered, and that gradients are right.
 
-    python -m tests.lit_ft.test_shard FOLDER
+    python -m tests.lit_ft.models.test_shard FOLDER
 
 imports everything once and forks twice: two processes run every function of `PAIR`, four those of `QUAD`, in order.
 Each returns a dict, and the dicts of all processes are written into FOLDER as JSON, which the tests below look at.
@@ -35,7 +35,7 @@ from lit_ft.models.shard import bytes_held, clip_grad_norm, decoder_layers, shar
 from lit_ft.models.tensor_parallel import why_not_divisible
 from tests import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Found = dict[str, Any]
 KINDS = ("llama", "qwen2", "opt", "gpt2")
 PEFTS = ("lora", "full")
@@ -450,7 +450,7 @@ def _process(rank: int, size: int, names: list[str], folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every process found, by how many there were."""
     folder = tmp_path_factory.mktemp("shard")
-    command = [sys.executable, "-m", "tests.lit_ft.test_shard", str(folder)]
+    command = [sys.executable, "-m", "tests.lit_ft.models.test_shard", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
     found = {size: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{size}-*.json"))] for size in (2, 4)}
     failures = [one["failed"] for group in found.values() for one in group if "failed" in one]

@@ -34,7 +34,7 @@ from lit_ft.rewards.weighted import WeightedReward
 from lit_ft.rollouts.base import Rollout, RolloutEngine, RolloutError, Sampling
 from lit_ft.rollouts.transformers import TransformersRollouts
 from tests import tiny
-from tests.lit_ft.test_modules import adapted, trainer_for
+from tests.lit_ft.modules.test_modules import adapted, trainer_for
 from tests.processes import ROOT, free_ports
 
 PAD, END = 3, 2
@@ -704,6 +704,7 @@ def learner(kind: str, seed: int, **settings: Any) -> OnlineModule:
     return online(kind, model, packed=False, **{**usual, "learning_rate": 2e-2, "num_epochs": 2, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_a_tiny_model_learns_what_is_rewarded(kind: str, seed: int) -> None:
@@ -719,6 +720,7 @@ def test_a_tiny_model_learns_what_is_rewarded(kind: str, seed: int) -> None:
     assert logged[0]["objective/scores"] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pull", "bound"), [("ppo", {"kl_coef": 1e3}, 0.1), ("grpo", {"beta": 1e3}, 0.03)])
 def test_a_huge_kl_coefficient_holds_the_policy(kind: str, pull: dict[str, float], bound: float) -> None:
     """The reward is the one that is learnt above, in fewer steps; PPO's estimate of KL is the noisier one."""
@@ -1001,7 +1003,7 @@ def test_two_processes_make_the_update_of_one(kind: str, tmp_path: Path) -> None
     in_each_process(kind, tmp_path)
     (port,) = free_ports(1)
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.lit_ft.test_online", kind, str(tmp_path)]
+    command = [sys.executable, "-m", "tests.lit_ft.modules.test_online", kind, str(tmp_path)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [
         subprocess.Popen(command, cwd=tmp_path, env={**env, "LOCAL_RANK": str(k), "NODE_RANK": "0"}, **pipes)
