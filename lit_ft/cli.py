@@ -228,6 +228,7 @@ def main() -> NoReturn:
         from lit_ft.distributed.processes import started_by_others
         from lit_ft.evaluate import after_training, outcome, write_about
         from lit_ft.progress import say
+        from lit_ft.sweep import remove_if_unused
         from lit_ft.wiring.checks import check_settings
 
         try:
@@ -235,8 +236,7 @@ def main() -> NoReturn:
             report_on = after_training(cfg.evaluate, adapters=cfg.adapters, model=cfg.model.id)
         except UserError:
             run = Path(HydraConfig.get().runtime.output_dir)
-            if {path.name for path in run.glob("*")} <= {"hydra"}:
-                shutil.rmtree(run, ignore_errors=True)
+            remove_if_unused(run)
             raise
         if processes > 1 and not started_by_others():
             from lit_ft.distributed.launch import train_in_processes

@@ -1,4 +1,4 @@
-"""Every setting of training, typed, on one page. Imported by the wiring only; constructors take flat values."""
+"""Every setting of training, typed, on one page. For the wiring and what is above it; constructors take flat values."""
 
 from __future__ import annotations
 
@@ -508,7 +508,7 @@ def register_schemas() -> None:
 
 @functools.cache
 def _register_groups() -> None:
-    """Those that are the same for every command."""
+    """The schemas of the groups, which no command changes: once is enough."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

@@ -118,11 +118,15 @@ def preview(cfg: Config) -> list[Section]:
 
 def preview_of(cfg: Config, devices: int) -> Preview:
     """The preview of a run on so many devices."""
-    from lit_ft.previewing.offline import Preview
-    from lit_ft.previewing.online import OnlinePreview
     from lit_ft.wiring.checks import ONLINE
 
-    return (OnlinePreview if cfg.algorithm.kind in ONLINE else Preview)(cfg, devices)
+    if cfg.algorithm.kind in ONLINE:
+        from lit_ft.previewing.online import OnlinePreview
+
+        return OnlinePreview(cfg, devices)
+    from lit_ft.previewing.offline import Preview
+
+    return Preview(cfg, devices)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ class Begun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         Begun.config = config
+
+
+def remove_if_unused(run: Path) -> None:
+    """Remove the folder of a run that left nothing in it: one that ended before it began."""
+    if {path.name for path in run.glob("*")} <= {"hydra"}:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def write_result(run: Path, adapter: Adapter) -> None:

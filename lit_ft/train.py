@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import traceback
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from lit_ft.previewing.forecast import expected_bytes
 from lit_ft.progress import metric_line, say
 from lit_ft.reference import reference_logprobs
 from lit_ft.resources.memory import account, explain, is_out_of_memory, resident_bytes
-from lit_ft.sweep import write_result
+from lit_ft.sweep import remove_if_unused, write_result
 from lit_ft.wiring.announce import devices_line, first_lines, quiet
 from lit_ft.wiring.checks import ONLINE, SHARDED, check_settings, device_number
 from lit_ft.wiring.identity import identity_of
@@ -89,8 +88,7 @@ def train(cfg: Config) -> Adapter:
         raise
     finally:
         leave()
-        if {path.name for path in run.glob("*")} <= {"hydra"}:
-            shutil.rmtree(run, ignore_errors=True)  # it ended before it began, or is not the first of several
+        remove_if_unused(run)  # or this process is not the first of several
     if rank() or launched_by_us():
         raise SystemExit(0)  # whoever started them reports
     return adapter

@@ -158,7 +158,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _require_vllm(cpu: bool) -> None:
+def require_vllm(cpu: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "vLLM, the engine that serves the models, is not installed in this environment. Install it with "
@@ -243,7 +243,7 @@ class Engine:
                 left running then.
         """
         cpu = on_cpu()
-        _require_vllm(cpu)
+        require_vllm(cpu)
         began = time.monotonic()
         for attempt in range(1, PORT_ATTEMPTS + 1):
             self.stop()

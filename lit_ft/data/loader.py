@@ -61,18 +61,18 @@ class WindowLoader:
         return self._epoch < 0
 
     def __len__(self) -> int:
-        return len(self._windows(0))
+        return len(self.windows(0))
 
     def __iter__(self) -> Iterator[Any]:
         if not self._resumed or self._position >= len(self):
             self._epoch, self._position = self._epoch + 1, 0
         self._resumed = False
-        windows = self._windows(self._epoch)
+        windows = self.windows(self._epoch)
         while self._position < len(windows):
             self._position += 1
             yield self._window([self.examples[k] for k in windows[self._position - 1]])
 
-    def _windows(self, epoch: int) -> list[list[int]]:
+    def windows(self, epoch: int) -> list[list[int]]:
         order = list(range(len(self.examples)))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

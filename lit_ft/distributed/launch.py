@@ -20,7 +20,7 @@ from typing import Any
 from lit_ft.adapter import Adapter, read
 from lit_ft.distributed.launched import LOST_ANOTHER, NOTE, OURS, how_to_go_on
 from lit_ft.progress import say
-from lit_ft.sweep import RESULT
+from lit_ft.sweep import RESULT, remove_if_unused
 
 # Seconds between the request to stop and the end by force: time to finish a step and write a checkpoint.
 _GRACE = 50
@@ -103,8 +103,7 @@ def train_in_processes(processes: int, runs: Path) -> Adapter:
         raise
     finally:
         shutil.rmtree(logs, ignore_errors=True)
-        if {path.name for path in run.glob("*")} <= {"hydra"}:
-            shutil.rmtree(run, ignore_errors=True)  # it ended before it began
+        remove_if_unused(run)
 
 
 def _same_command(run: Path) -> list[str]:

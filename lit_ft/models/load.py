@@ -55,8 +55,7 @@ def load_model(
     from transformers.utils import logging
 
     where = resolve_model(model_id)
-    if attention == "flash_attention_2" and not _has_flash_attention():
-        attention = "sdpa"
+    attention = usable_attention(attention)
     quantization = None
     if four_bits:
         check_quantizable(load_config(model_id), model_id)
@@ -136,6 +135,11 @@ def shrink(config: Any) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:2]
     return config
+
+
+def usable_attention(attention: str | None) -> str | None:
+    """`attention`, but SDPA for `flash_attention_2` where that is missing."""
+    return "sdpa" if attention == "flash_attention_2" and not _has_flash_attention() else attention
 
 
 def _has_flash_attention() -> bool:

@@ -46,7 +46,7 @@ class Iteration(Step):
             shuffle=cfg.data.shuffle,
             seed=cfg.seed,
         )
-        windows = [[self._completed(self.data.examples[k]) for k in window] for window in loader._windows(0)]
+        windows = [[self._completed(self.data.examples[k]) for k in window] for window in loader.windows(0)]
         windows.sort(key=lambda window: -sum(example.tokens for example in window))
         groups: list[list[Example]] = []
         counts = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from lit_ft.replay import stand_ins
 from lit_ft.resources.machine import choose_threads
 from lit_ft.resources.memory import resident_bytes, size_in_words
 from lit_ft.wiring.identity import identity_of
-from lit_ft.wiring.model import adapter_kind, base_of, choose_layout
+from lit_ft.wiring.model import adapter_kind, base_of, choose_layout, layout_words
 from lit_ft.wiring.module import make_module
 from lit_ft.wiring.place import device_of
 from lit_ft.wiring.reference import with_reference
-from lit_ft.wiring.replay import Replayed, replay
+from lit_ft.wiring.replay import replay
 from lit_ft.wiring.rows import read_rows, votes_of
 from lit_ft.wiring.start import starting_adapter
 from lit_ft.wiring.trainer import make_callbacks, make_trainer
@@ -83,7 +83,7 @@ class Preview:
             # What the base answers is not known here.
             resumed.must_be({k: v for k, v in known.items() if k != "data" or cfg.replay.kind is not Replay.self})
         self.encoder = encoder
-        self.own = self._replayed(encoder)
+        self._replay(encoder)
         if cfg.algorithm.kind is Algorithm.dpo:
             self._check_reference(base)
         self.steps_per_epoch, self.steps = self._count_steps()
@@ -95,15 +95,14 @@ class Preview:
         """Put what stands beside the trained adapter on the model; returns what it adds to the run's identity."""
         return {}
 
-    def _replayed(self, encoder: ChatEncoder) -> Replayed:
-        """Stand-ins for the base's own answers, which are among the training rows from here on."""
+    def _replay(self, encoder: ChatEncoder) -> None:
+        """Put stand-ins for the base's own answers among the training rows, if they are asked for."""
 
         def answer(prompts: list[tuple[int, ...]], below: bool) -> list[Example]:
             return stand_ins(prompts, self.cfg.replay.max_new_tokens)
 
         own = replay(self.cfg, self.kind, encoder, self.data.examples, answer)
         self.data = own.among(self.data, self.cfg.replay.weight, self.cfg.seed)
-        return own
 
     def _known_hash(self, resumed: bool) -> str | None:
         """What stands for the hash of the base's weights where nothing depends on it: that takes a look at them all."""
@@ -161,6 +160,7 @@ class Preview:
         return each, trainer.max_steps if trainer.max_steps >= 0 else each * trainer.max_epochs
 
     def sections(self) -> list[Section]:
+        """All that is shown, in its order."""
         return [
             Section("Settings (changed from the defaults: those with a default beside them)", settings(self.cfg)),
             Section("Model and adapter", plain(*self._model_lines())),
@@ -177,8 +177,8 @@ class Preview:
         return []
 
     def _model_lines(self) -> Iterator[str]:
-        cfg, trained_total = self.cfg, parameter_counts(self.model)
-        trained, total = trained_total
+        cfg = self.cfg
+        trained, total = parameter_counts(self.model)
         rank = lora_rank(self.model)
         yield f"model      {cfg.model.id}: {type(causal_lm(self.model)).__name__}, {total:,} parameters"
         start = f"adapter {self.start.ref} ({self.start.card.algorithm})" if self.start else "the base model"
@@ -201,19 +201,26 @@ class Preview:
 
     def _example_section(self) -> Section:
         shown = self.data.examples[:_ROWS]
-        most = max(len(example.completions) for example in shown)
         lines: list[Line] = []
         for number, example in enumerate(shown, 1):
-            faint = f"row {number}: {len(example.prompt)} tokens of prompt, {example.targets} trained on"
+            faint = f"row {number}: {self.row_words(example)}"
             lines += [[Piece(faint, "faint")], [*decoded(self.tokenizer, example)], []]
+        few, more = self.example_words(shown)
+        return Section(f"The first {few} as the model sees them{more}", lines[:-1])
+
+    def example_words(self, shown: Sequence[Example]) -> tuple[str, str]:
+        """What the first rows are, and what there is to say of how they are shown."""
+        most = max(len(example.completions) for example in shown)
         order = "" if most < 2 else ", chosen then rejected" if most == 2 else ", the best completion first"
-        few = "row" if len(shown) == 1 else f"{len(shown)} rows"
-        return Section(f"The first {few} as the model sees them, the trained part marked{order}", lines[:-1])
+        return ("row" if len(shown) == 1 else f"{len(shown)} rows"), f", the trained part marked{order}"
+
+    def row_words(self, example: Example) -> str:
+        """The size of a row."""
+        return f"{len(example.prompt)} tokens of prompt, {example.targets} trained on"
 
     def _step_lines(self) -> Iterator[str]:
         cfg, data = self.cfg, self.data
         batch, most, mean = self.step.passes(self.device.type)
-        rows = "packed" if self.layout != "padded" else f"padded ({self.why_padded})"
         per_step = sum(e.tokens for e in data.examples) / max(1, -(-len(data.examples) // cfg.data.batch_size))
         trained = data.targets / max(1, -(-len(data.examples) // cfg.data.batch_size))
         yield f"steps      {self.steps_per_epoch:,} per epoch, {self.steps:,} in all"
@@ -224,7 +231,7 @@ class Preview:
         tokens, targets = batch.input_ids.numel(), len(batch.target_ids)
         judged = self.cfg.algorithm.kind is Algorithm.reward
         seen = f"{batch.num_completions:,} completions to score" if judged else f"{targets:,} of them predicted"
-        yield f"each pass  {rows}; the largest has {tokens:,} tokens, {seen}"
+        yield f"each pass  {layout_words(self.layout, self.why_padded)}; the largest has {tokens:,} tokens, {seen}"
         if self.processes > 1:
             yield f"devices    {self.processes}, which share the rows of each step"
 

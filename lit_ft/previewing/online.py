@@ -1,27 +1,27 @@
-"""The preview of PPO and GRPO: what stands on the base, what scores completions, what an iteration makes and holds."""
+"""The preview of PPO and GRPO: what stands on the base, what scores completions, what an iteration does."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_ft.adapter import Base
+from lit_ft.batches import Example
 from lit_ft.checkpoint import Resumed
 from lit_ft.config import Rollout
 from lit_ft.models.roles import POLICY, role_parameters
 from lit_ft.previewing.iteration import Iteration
-from lit_ft.previewing.offline import Preview, decoded
-from lit_ft.previewing.page import Line, Piece, Section, plain
-from lit_ft.resources.machine import tokens_per_pass
+from lit_ft.previewing.offline import Preview
+from lit_ft.previewing.page import Section, plain
 from lit_ft.rewards.base import parse_rewards
+from lit_ft.wiring.model import layout_words
 from lit_ft.wiring.module import shared_arguments
 from lit_ft.wiring.online import Roles, online_module
-
-_ROWS = 3
+from lit_ft.wiring.place import pass_tokens
 
 
 class OnlinePreview(Preview):
@@ -56,7 +56,7 @@ class OnlinePreview(Preview):
             shared=shared_arguments(self.cfg, self.kind),
             vllm={"start": _not_started},
             layout=self.layout,
-            max_tokens=self.cfg.data.max_tokens or tokens_per_pass(self.device),
+            max_tokens=pass_tokens(self.cfg, self.device),
             pad_id=self.tokenizer.pad_token_id,
         )
 
@@ -85,14 +85,11 @@ class OnlinePreview(Preview):
         yield f"reward     {roles.identity['reward']}"
         yield f"held out   {roles.identity['judge'] or 'scored by the same'}{' beside it' if cfg.judge else ''}"
 
-    def _example_section(self) -> Section:
-        shown = self.data.examples[:_ROWS]
-        lines: list[Line] = []
-        for number, example in enumerate(shown, 1):
-            faint = f"row {number}: {len(example.prompt)} tokens of prompt"
-            lines += [[Piece(faint, "faint")], [*decoded(self.tokenizer, example)], []]
-        few = "prompt" if len(shown) == 1 else f"{len(shown)} prompts"
-        return Section(f"The first {few} as the model sees them", lines[:-1])
+    def example_words(self, shown: Sequence[Example]) -> tuple[str, str]:
+        return ("prompt" if len(shown) == 1 else f"{len(shown)} prompts"), ""
+
+    def row_words(self, example: Example) -> str:
+        return f"{len(example.prompt)} tokens of prompt"
 
     def _step_lines(self) -> Iterator[str]:
         cfg: Any = self.cfg
@@ -100,7 +97,6 @@ class OnlinePreview(Preview):
         batch, most, mean = self.step.passes(self.device.type)
         prompts = min(cfg.data.batch_size, rows)
         minibatches = min(algorithm.num_mini_batches, prompts)
-        layout = "packed" if self.layout != "padded" else f"padded ({self.why_padded})"
         yield f"iterations {self.steps_per_epoch:,} per epoch, {self.steps:,} in all"
         yield (
             f"each       {prompts} prompts × {algorithm.num_generations} = {prompts * algorithm.num_generations} "
@@ -117,8 +113,8 @@ class OnlinePreview(Preview):
         )
         tokens, targets = batch.input_ids.numel(), len(batch.target_ids)
         yield (
-            f"each pass  {layout}; the largest has {tokens:,} tokens, {targets:,} of completions, if all are as "
-            "long as they may be"
+            f"each pass  {layout_words(self.layout, self.why_padded)}; the largest has {tokens:,} tokens, "
+            f"{targets:,} of completions, if all are as long as they may be"
         )
         if algorithm.ptx_coef:
             yield f"ptx        {algorithm.ptx_batch_size} rows of {algorithm.ptx_path} beside each update"
@@ -126,7 +122,8 @@ class OnlinePreview(Preview):
             yield f"devices    {self.processes}, which share the prompts of each iteration"
 
     def memory_notes(self) -> list[str]:
-        if self.cfg.rollout is not None and self.cfg.rollout.kind is Rollout.vllm:
+        cfg: Any = self.cfg
+        if cfg.rollout.kind is Rollout.vllm:
             return ["vLLM takes its own beside it: the base's weights once more, and a cache."]
         return []
 
@@ -139,7 +136,7 @@ class OnlinePreview(Preview):
             self.data,
             self.val,
             **self.laid_out(),
-            value_head=getattr(module, "value_head", None),
+            value_head=self.roles.value_head,
             ptx=module.ptx,
             ptx_batch_size=module.ptx_batch_size,
         )
@@ -154,7 +151,7 @@ class _NoEngine:
 
 def _not_started(*_: Any, **__: Any) -> Any:
     """What could be said of vLLM before it is started, is said."""
-    from serve.engine import _require_vllm, on_cpu
+    from serve.engine import on_cpu, require_vllm
 
-    _require_vllm(on_cpu())
+    require_vllm(on_cpu())
     return _NoEngine()

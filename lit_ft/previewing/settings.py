@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+from hydra import compose
+from omegaconf import OmegaConf
+
 from lit_ft.config import Config
 from lit_ft.previewing.page import Line, Piece
 
 
 def settings(cfg: Config) -> list[Line]:
     """The resolved configuration as YAML, with the default beside what differs from it."""
-    from hydra import compose
-
     return list(_yaml(_container(cfg), _container(compose("config")), ""))
 
 
 def _container(cfg: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     copied = OmegaConf.create(cfg)
     # A logger's folder is the run's own, which a preview has none of.
     logger = OmegaConf.to_container(copied.logger, resolve=False) if copied.logger is not None else None
@@ -48,7 +48,5 @@ def _yaml(content: dict[Any, Any], default: Any, indent: str) -> Iterator[Line]:
 
 def _scalar(value: Any) -> str:
     """A value in one line of YAML."""
-    import yaml
-
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

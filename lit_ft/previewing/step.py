@@ -17,8 +17,9 @@ from lit_ft.models.kinds.adalora import AdaLora
 from lit_ft.models.load import load_config
 from lit_ft.models.roles import POLICY
 from lit_ft.resources.estimate import Rehearsal, Setting, bytes_of_rows, rehearse
-from lit_ft.resources.machine import tokens_per_pass
 from lit_ft.wiring.checks import SHARDED
+from lit_ft.wiring.model import packed_on
+from lit_ft.wiring.place import pass_tokens
 
 
 class Step:
@@ -45,7 +46,7 @@ class Step:
         processes: int,
         tokenizer_bytes: int = 0,
     ) -> None:
-        """The tokenizer takes `tokenizer_bytes` of main memory."""
+        """`val` are held-out rows, `pad_id` fills padded ones; the tokenizer takes `tokenizer_bytes` of main memory."""
         self.cfg, self.kind, self.model = cfg, kind, model
         self.data, self.layout = data, layout
         self._val, self._pad_id = val, pad_id
@@ -58,13 +59,11 @@ class Step:
 
     def layout_on(self, device: str) -> Layout:
         """How rows are laid out on `cpu` or `cuda`."""
-        if self.layout == "padded":
-            return "padded"
-        return "apart" if device == "cuda" else "packed"
+        return "padded" if self.layout == "padded" else packed_on(device)
 
     def budget(self, device: str) -> int:
         """Tokens of a pass at most."""
-        return self.cfg.data.max_tokens or tokens_per_pass(torch.device(device))
+        return pass_tokens(self.cfg, torch.device(device))
 
     def passes(self, device: str, *, later: bool = False) -> tuple[Batch, int, float]:
         """The largest batch that a pass gets on a device, how many passes a step has at most, and on average.
@@ -79,7 +78,7 @@ class Step:
         )
         groups: list[list[Example]] = []
         counts = []
-        for window in loader._windows(0):
+        for window in loader.windows(0):
             shares = share_by_tokens([self.data.examples[k] for k in window], replicas)
             split = [split_by_tokens(share, budget, layout) for share in shares]
             counts.append(max(map(len, split)))

@@ -11,31 +11,29 @@ import torch
 
 from lit_ft.adapter import Adapter
 from lit_ft.config import Config
-from lit_ft.errors import UserError
 from lit_ft.models.adapt import is_adapted
 from lit_ft.models.four_bits import check_widths, nf4
 from lit_ft.models.kinds import AdapterKind
-from lit_ft.models.load import _has_flash_attention, check_quantizable, context_length, load_config
+from lit_ft.models.load import check_quantizable, load_config, usable_attention
 from lit_ft.models.precision import Precision
 from lit_ft.models.resolve import unreachable
+from lit_ft.wiring.model import adapted, weights_dtype
 
 
 def weightless(cfg: Config, kind: AdapterKind, start: Adapter | None, precision: Precision) -> Any:
     """The model that would be trained, its adapters in place, on the meta device: shapes and no numbers.
 
     Raises:
-        UserError: as `lit_ft.train` raises it for the real one.
+        UserError: as `make_model` raises it for the real one.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if kind.whole_model else precision.weights
+    dtype = weights_dtype(kind, precision)
     if kind.quantized:
         check_quantizable(load_config(cfg.model.id), cfg.model.id)
         nf4(dtype)
     config = load_config(cfg.model.id, cfg.model.tiny)
-    attention = cfg.model.attention
-    if attention == "flash_attention_2" and not _has_flash_attention():
-        attention = "sdpa"
+    attention = usable_attention(cfg.model.attention)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -45,17 +43,10 @@ def weightless(cfg: Config, kind: AdapterKind, start: Adapter | None, precision:
         check_widths(model, cfg.model.id)
     if getattr(config, "quantization_config", None):
         model.is_quantized = True
-    reach = context_length(model)
-    if reach is not None and cfg.data.max_length > reach:
-        raise UserError(f"data.max_length={cfg.data.max_length} is beyond the model's context of {reach} tokens.")
-    if cfg.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.device("meta"), warnings.catch_warnings():
         # That nothing is copied into tensors without content.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-        if start is not None:
-            return kind.go_on(model, start.path, start.ref)
-        return kind.begin(model)
+        return adapted(cfg, kind, start, model)
 
 
 def target_modules(model: Any) -> Counter[str]:
@@ -67,7 +58,6 @@ def target_modules(model: Any) -> Counter[str]:
 
 def published_bytes(model: Any, cfg: Config) -> tuple[int, str]:
     """The size of the weights' file that publishing will write, and what it is."""
-
     if not is_adapted(model):
         return sum(2 * p.numel() for p in model.parameters()), "weights: a whole model in bf16"
     from peft import get_peft_model_state_dict

@@ -350,6 +350,14 @@ def _gpu_memory(device: torch.device) -> tuple[int | None, int, int | None]:
         return None, 0, None
 
 
+def resident_bytes() -> int | None:
+    """Main memory that this process has now; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on the GPU, or resident for this process."""
     if device.type == "cuda":
@@ -511,11 +519,3 @@ def _asked(error: BaseException | None) -> str | None:
         return size_in_words(int(found[1]))
     found = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", text)
     return found[1] if found else None
-
-
-def resident_bytes() -> int | None:
-    """Main memory that this process has now; None where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return None

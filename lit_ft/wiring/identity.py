@@ -39,6 +39,7 @@ def identity_of(cfg: Config, base: Base, data: Prepared, votes: Votes | None) ->
 
 
 def versions(kind: AdapterKind) -> dict[str, str]:
+    """Of the libraries that compute what is trained, by their names."""
     found = {}
     for name in ("lit_ft", "torch", "lightning", "transformers", "peft", *(["bitsandbytes"] if kind.quantized else [])):
         try:

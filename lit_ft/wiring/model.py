@@ -26,12 +26,11 @@ def adapter_kind(cfg: Config) -> AdapterKind:
     return KINDS[cfg.peft.kind.value](**{key: plain(value) for key, value in settings.items()})
 
 
-def base_of(cfg: Config, hash: str | None = None) -> Base:
-    """The base model's name and the hash of its weights, which is computed if it is not given."""
+def base_of(cfg: Config, known: str | None = None) -> Base:
+    """The base model's name and the hash of its weights, which is computed if it is not `known`."""
     model_id = cfg.model.id
-    if hash is None:
-        hash = "sha256:tiny" if cfg.model.tiny else model_fingerprint(model_id)
-    return Base(Path(model_id).name if Path(model_id).is_dir() else model_id, hash)
+    weights = known or ("sha256:tiny" if cfg.model.tiny else model_fingerprint(model_id))
+    return Base(Path(model_id).name if Path(model_id).is_dir() else model_id, weights)
 
 
 def make_model(cfg: Config, kind: AdapterKind, start: Adapter | None, precision: Precision) -> Any:
@@ -42,11 +41,25 @@ def make_model(cfg: Config, kind: AdapterKind, start: Adapter | None, precision:
     """
     model = load_model(
         cfg.model.id,
-        dtype=torch.float32 if kind.whole_model else precision.weights,
+        dtype=weights_dtype(kind, precision),
         attention=cfg.model.attention,
         tiny=cfg.model.tiny,
         four_bits=kind.quantized,
     )
+    return adapted(cfg, kind, start, model)
+
+
+def weights_dtype(kind: AdapterKind, precision: Precision) -> torch.dtype:
+    """The format that the base's weights are loaded in: float32 where they are trained themselves."""
+    return torch.float32 if kind.whole_model else precision.weights
+
+
+def adapted(cfg: Config, kind: AdapterKind, start: Adapter | None, model: Any) -> Any:
+    """`model` as it is trained, with the adapter of `start` or a new one; its numbers are not looked at.
+
+    Raises:
+        UserError: `data.max_length` is beyond its context, or the kind cannot begin with it.
+    """
     reach = context_length(model)
     if reach is not None and cfg.data.max_length > reach:
         raise UserError(f"data.max_length={cfg.data.max_length} is beyond the model's context of {reach} tokens.")
@@ -66,15 +79,24 @@ def choose_layout(cfg: Config, model: Any, device: torch.device) -> tuple[Layout
         return "padded", "as asked"
     reason = use_packed_attention(model)
     if reason is None:
-        # The kernel for CUDA gathers a copy of shared keys for every example that goes on from them.
-        return ("apart" if device.type == "cuda" else "packed"), ""
+        return packed_on(device.type), ""
     if cfg.data.packing is Packing.on:
         raise UserError(f"data.packing=on: this model cannot be packed ({reason}). Use data.packing=auto.")
     return "padded", reason
 
 
-def layout_line(layout: Layout, why_padded: str, model: Any, device: torch.device, precision: Precision) -> str:
+def packed_on(device: str) -> Layout:
+    """How rows are packed on `cpu` or `cuda`."""
+    # The kernel for CUDA gathers a copy of shared keys for every example that goes on from them.
+    return "apart" if device == "cuda" else "packed"
+
+
+def layout_words(layout: Layout, why_padded: str) -> str:
     """How rows are laid out, for a person."""
-    if layout == "padded":
-        return f"padded ({why_padded})"
-    return "packed, attention by " + attention_backend(model, device, precision.mixed)
+    return f"padded ({why_padded})" if layout == "padded" else "packed"
+
+
+def layout_line(layout: Layout, why_padded: str, model: Any, device: torch.device, precision: Precision) -> str:
+    """The same, with what computes attention over packed rows."""
+    words = layout_words(layout, why_padded)
+    return words if layout == "padded" else f"{words}, attention by {attention_backend(model, device, precision.mixed)}"

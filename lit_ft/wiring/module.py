@@ -6,12 +6,12 @@ from typing import Any
 
 from lit_ft.config import Algorithm, Config
 from lit_ft.models.kinds import AdapterKind
+from lit_ft.modules import DPOModule, RewardModule, SFTModule
 from lit_ft.modules.anchor import Anchor
 
 
 def make_module(cfg: Config, model: Any, kind: AdapterKind, anchor: Anchor | None) -> Any:
-    from lit_ft.modules import DPOModule, RewardModule, SFTModule
-
+    """The module of SFT, DPO or a judge; `anchor` holds it to its base, if anything does."""
     algorithm, shared = cfg.algorithm, shared_arguments(cfg, kind)
     if algorithm.kind is Algorithm.sft:
         return SFTModule(model, anchor=anchor, **shared)

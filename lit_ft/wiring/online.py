@@ -27,9 +27,12 @@ from lit_ft.models.load import context_length
 from lit_ft.models.precision import Precision
 from lit_ft.models.resolve import resolve_model
 from lit_ft.models.roles import POLICY, add_role, copy_role, train_only
+from lit_ft.modules.grpo import GRPOModule
+from lit_ft.modules.ppo import PPOModule
 from lit_ft.progress import say
 from lit_ft.rewards.base import Reward, RewardSpec, parse_rewards
 from lit_ft.rollouts.base import RolloutEngine, Sampling, stop_ids
+from lit_ft.wiring.settings import mapping
 
 # The engine may hold more tokens at a time than a training step: there are no gradients.
 _ROLLOUT_TOKENS = {"cpu": 4096, "cuda": 131_072}
@@ -240,11 +243,8 @@ def online_module(
         vllm: more arguments of `VllmRollouts`.
         batches: `layout`, `max_tokens`, `pad_id`.
     """
-    from lit_ft.modules.grpo import GRPOModule
-    from lit_ft.modules.ppo import PPOModule
-
     algorithm: Any = cfg.algorithm
-    columns = dict(cfg.data.columns) if cfg.data.columns else None
+    columns = mapping("data.columns", cfg.data.columns) or None
 
     def ask(example: Example) -> Any:
         if example.row is None:

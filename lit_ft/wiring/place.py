@@ -31,6 +31,11 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device("cuda" if usable else "cpu")
 
 
+def pass_tokens(cfg: Config, device: torch.device) -> int:
+    """Tokens of a pass at most, on `device`."""
+    return cfg.data.max_tokens or tokens_per_pass(device)
+
+
 def take_place(cfg: Config, device: torch.device, ranks: Ranks) -> Place:
     """Choose, measuring where that decides, and set it up for this process: its GPU or its threads and memory."""
     if device.type == "cuda":
@@ -41,4 +46,4 @@ def take_place(cfg: Config, device: torch.device, ranks: Ranks) -> Place:
     threads = choose_threads(cfg.trainer.threads, device, ranks.local_size)
     torch.set_num_threads(threads.count)
     precision = agree(lambda: choose_precision(cfg.trainer.precision, device))
-    return Place(device, ranks, threads, precision, cfg.data.max_tokens or tokens_per_pass(device))
+    return Place(device, ranks, threads, precision, pass_tokens(cfg, device))

@@ -59,14 +59,17 @@ class Trained:
     trainable: int
 
 
-def publish(cfg: Config, run: Trained, place: Place, expected_bytes: Callable[[], int | None]) -> Adapter:
+def publish(cfg: Config, run: Trained, place: Place, estimate: Callable[[], int | None]) -> Adapter:
     """Publish the best of what a run trained; all processes call it, and the first one writes.
 
     Args:
         cfg: the run's settings.
         run: what was trained.
         place: where.
-        expected_bytes: estimates the run's memory. It is asked after runs that took long.
+        estimate: of the run's memory. It is asked for after runs that took long.
+
+    Raises:
+        UserError: the folder of the adapters cannot be written.
     """
     module, first = run.module, place.ranks.rank == 0
     if run.callbacks.average is not None:
@@ -112,7 +115,9 @@ def publish(cfg: Config, run: Trained, place: Place, expected_bytes: Callable[[]
     state = adapt.trained_state(done.model)
     # What rollouts take is not estimated.
     estimated = first and cfg.algorithm.kind not in ONLINE and run.callbacks.history.seconds >= _LONG
-    expected = expected_bytes() if estimated else None
+    expected = estimate() if estimated else None
+
+    resolved = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
 
     def write(target: Path) -> None:
         if judge is None:
@@ -127,8 +132,7 @@ def publish(cfg: Config, run: Trained, place: Place, expected_bytes: Callable[[]
             trainable=run.trainable,
         )
         run.tokenizer.save_pretrained(str(target))
-        resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        (target / "config.yaml").write_text(OmegaConf.to_yaml(resolved), encoding="utf-8")
+        (target / "config.yaml").write_text(resolved, encoding="utf-8")
         if report is not None:
             values = json.dumps(dict(report.values), indent=2) + "\n"
             (target / f"{report.name}.json").write_text(values, encoding="utf-8")

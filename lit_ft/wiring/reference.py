@@ -28,7 +28,17 @@ def with_reference(
     base: Base,
     precision: Precision,
 ) -> tuple[Prepared, Prepared | None]:
-    """The examples with the reference's log-probabilities, from the cache where it has them, else from `make`."""
+    """The examples with the reference's log-probabilities, from the cache where it has them, else from `make`.
+
+    Args:
+        cfg: says which reference.
+        kind, start, base, precision: of the policy.
+        make: computes them for examples, with its adapters off if `disable_adapter`.
+        data, val: the training rows and the held-out ones.
+
+    Raises:
+        UserError: the base is asked for, and the kind leaves none below what it trains.
+    """
     use_base = cfg.algorithm.reference.value == "base"  # type: ignore[attr-defined]
     if use_base and (kind.whole_model or kind.changes_base):
         raise UserError(

@@ -23,7 +23,11 @@ _ROWS: dict[Algorithm, Kind] = {
 
 
 def votes_of(cfg: Config, base: Base, resumed: Resumed | None) -> Votes:
-    """The votes to train on; for a resumed run those that there were when it began."""
+    """The votes to train on; for a resumed run those that there were when it began.
+
+    Raises:
+        UserError: there is no such store, or too few of its votes are decisive.
+    """
     until = resumed.identity.get("votes.until") if resumed else None
     votes = read_votes(
         cfg.data.path,
@@ -38,6 +42,11 @@ def votes_of(cfg: Config, base: Base, resumed: Resumed | None) -> Votes:
 
 
 def read_rows(cfg: Config, encoder: ChatEncoder, votes: Votes | None) -> tuple[Prepared, Prepared | None]:
+    """The training rows and the held-out ones, if there are any.
+
+    Raises:
+        UserError: they cannot be read, or too many of them cannot be used.
+    """
     kind = _ROWS[cfg.algorithm.kind]
     return load_examples(
         votes.train if votes else cfg.data.path,

@@ -10,7 +10,11 @@ from lit_ft.errors import UserError
 
 
 def mapping(key: str, value: Any) -> dict[str, Any]:
-    """A setting that is a mapping or null (a typed one could not be given on the command line)."""
+    """A setting that is a mapping or null (a typed one could not be given on the command line).
+
+    Raises:
+        UserError: it is neither.
+    """
     if value is None:
         return {}
     if not OmegaConf.is_dict(value):

@@ -165,7 +165,7 @@ def test_without_the_plugin_it_refuses_to_give_wrong_answers(tmp_path: Path, mon
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replaces vLLM's command by a Python program."""
-    monkeypatch.setattr(engine_module, "_require_vllm", lambda cpu: None)
+    monkeypatch.setattr(engine_module, "require_vllm", lambda cpu: None)
 
     def use(program: str) -> None:
         monkeypatch.setattr(
@@ -338,7 +338,7 @@ import sys, threading, time
 from pathlib import Path
 from serve import engine as module
 from serve.engine import Engine
-module._require_vllm = lambda cpu: None
+module.require_vllm = lambda cpu: None
 module.build_command = lambda python, model, **s: [python, "-c", {program!r}, str(s["port"])]
 subject = Engine("model", served_name="base", max_loras=1, max_lora_rank=8, max_model_len=9, dtype="float32",
                  log_path=Path({log!r}), start_timeout=60)

@@ -367,7 +367,7 @@ def test_a_real_process_that_is_killed_or_stopped(
     tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
     """As `Engine` starts vLLM: a keeper, and the server below it."""
-    monkeypatch.setattr(engine_module, "_require_vllm", lambda cpu: None)
+    monkeypatch.setattr(engine_module, "require_vllm", lambda cpu: None)
     monkeypatch.setattr(
         engine_module,
         "build_command",
