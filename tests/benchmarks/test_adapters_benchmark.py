@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ from tests import tiny
 from tests.benchmarks import adapters, rlhf
 from tests.benchmarks.adapters import Run, adalora_loses, at_best_rate
 from tests.benchmarks.scatter import scatter, ticks
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(kind: str, loss: float, **changes: Any) -> Run:
@@ -76,19 +72,19 @@ def test_halves_of_pairs_have_nothing_in_common(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("from_warm")
 @pytest.mark.timeout(600)
-def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
+def test_a_whole_run_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.folder(tmp_path / "tiny")
     (tmp_path / "general.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"What is {k}?", "completion": f"It is {k}."}) for k in range(8))
     )
-    command = [sys.executable, "-m", "tests.benchmarks.adapters", "--model", str(model), "--data", "support"]
-    command += ["--kinds", "lora", "adalora", "ia3", "--rows", "8", "--seeds", "1", "--rounds", "1", "--rank", "4"]
-    command += ["--speed-steps", "3", "--general", str(tmp_path / "general.jsonl"), "--general-rows", "4"]
-    command += ["--out", str(tmp_path / "out"), "--jobs", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--model", str(model), "--data", "support"]
+    arguments += ["--kinds", "lora", "adalora", "ia3", "--rows", "8", "--seeds", "1", "--rounds", "1", "--rank", "4"]
+    arguments += ["--speed-steps", "3", "--general", str(tmp_path / "general.jsonl"), "--general-rows", "4"]
+    arguments += ["--out", str(tmp_path / "out"), "--jobs", "2"]
+    assert adapters.main(arguments) in (0, 1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_kind = {one["kind"]: one for one in found["runs"]}
     assert by_kind["lora"]["served"] == "yes" and by_kind["ia3"]["served"] == "merged"
     assert "LoRA" in by_kind["adalora"]["served"]
@@ -97,5 +93,5 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert all(speeds[0]["tokens_per_s"] > 0 and speeds[0]["peak"] > 2**20 for speeds in found["speeds"].values())
     assert found["latency"]["lora"]["merged"] > 0
     assert (tmp_path / "out" / "support.svg").read_text().startswith("<svg")
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert json.loads(again.stdout.splitlines()[-1]) == found  # nothing was run twice
+    adapters.main(arguments)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found  # nothing was run twice

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,6 @@ import pytest
 from tests import tiny
 from tests.benchmarks import forgetting
 from tests.benchmarks.forgetting import METHODS, PLAIN, REMEDIES, SCALED, claims, curated, lima_table, slug, within_aim
-
-ROOT = Path(__file__).parents[2]
 
 
 def runs(gain: float, text: float, instruction: float, kl: float = 0.1) -> list[dict[str, float]]:
@@ -100,22 +96,22 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("from_warm")
 @pytest.mark.timeout(900)
-def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
+def test_a_whole_run_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.folder(tmp_path / "tiny")
     rows = [{"instruction": f"What is {k}?", "input": "", "output": f"It is {k}. " * (1 + k % 5)} for k in range(24)]
     (tmp_path / "general.json").write_text(json.dumps(rows))
-    command = [sys.executable, "-m", "tests.benchmarks.forgetting", "--model", str(model), "--rows", "16"]
-    command += ["--methods", PLAIN, "full", "mix", "replay=self", "kl_coef=1", "scale=0.7", "kl_coef=1, scale=0.8"]
-    command += ["kl_weight=1", "ema_decay=0.9"]
-    command += ["--seeds", "1", "--lima-rows", "8", "--unfiltered", str(tmp_path / "general.json"), "--jobs", "2"]
-    command += ["--general-rows", "8"]
-    command += ["--set", "data.max_val_rows=4", "trainer.validate_first=false"]
-    command += ["replay.max_new_tokens=12", "replay.max_prompts=8"]
-    command += ["data.max_length=2048", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--model", str(model), "--rows", "16"]
+    arguments += ["--methods", PLAIN, "full", "mix", "replay=self", "kl_coef=1", "scale=0.7", "kl_coef=1, scale=0.8"]
+    arguments += ["kl_weight=1", "ema_decay=0.9"]
+    arguments += ["--seeds", "1", "--lima-rows", "8", "--unfiltered", str(tmp_path / "general.json"), "--jobs", "2"]
+    arguments += ["--general-rows", "8"]
+    arguments += ["--set", "data.max_val_rows=4", "trainer.validate_first=false"]
+    arguments += ["replay.max_new_tokens=12", "replay.max_prompts=8"]
+    arguments += ["data.max_length=2048", "--out", str(tmp_path / "out")]
+    assert forgetting.main(arguments) in (0, 1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_name = {name: one for name, (one,) in found["methods"].items()}
     assert by_name[PLAIN]["gain"] > by_name["scale=0.7"]["gain"] > 0
     assert 0 < by_name["scale=0.7"]["kl"] < by_name[PLAIN]["kl"]
@@ -124,5 +120,5 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert len(set(trained.values())) == len(trained), "each differs from every other"
     assert found["lima"]["curated"][0]["tokens"] > found["lima"]["unfiltered"][0]["tokens"]
     assert (tmp_path / "out" / "forgetting.svg").read_text().startswith("<svg")
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert json.loads(again.stdout.splitlines()[-1]) == found  # nothing was run twice
+    forgetting.main(arguments)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found  # nothing was run twice

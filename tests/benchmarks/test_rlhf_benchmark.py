@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 from tests.benchmarks import rlhf
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_by_hand() -> None:
@@ -41,19 +37,19 @@ def test_results_of_other_options_are_not_taken_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("from_warm")
 @pytest.mark.timeout(900)
-def test_a_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
+def test_a_whole_run_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.folder(tmp_path / "tiny")
     rows = [{"prompt": f"{k}?", "chosen": "Yes, it is.", "rejected": "No." if k % 2 else "No, and no, no, no, and no."}
             for k in range(12)]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "-m", "tests.benchmarks.rlhf", "--model", str(model), "--out", str(tmp_path / "out")]
-    command += ["--pairs", "8", "--sft-rows", "8", "--iterations", "1", "--prompts", "4", "--max-new-tokens", "8"]
-    command += ["--preferences", str(tmp_path / "pairs.jsonl"), "--betas", "0.1", "--draws", "1", "--folds", "2"]
-    command += ["--rollouts", "transformers", "--max-length", "2048"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--model", str(model), "--out", str(tmp_path / "out")]
+    arguments += ["--pairs", "8", "--sft-rows", "8", "--iterations", "1", "--prompts", "4", "--max-new-tokens", "8"]
+    arguments += ["--preferences", str(tmp_path / "pairs.jsonl"), "--betas", "0.1", "--draws", "1", "--folds", "2"]
+    arguments += ["--rollouts", "transformers", "--max-length", "2048"]
+    assert rlhf.main(arguments) in (0, 1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["algorithm"] for row in found["time"]] == ["ppo", "grpo"]
     assert all(row["generation"] > 0 and row["updates"] > 0 for row in found["time"])
     assert found["memory"]["ppo"]["peak"] > 2**20 < found["memory"]["separate"]["peak"]
