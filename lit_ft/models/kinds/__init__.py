@@ -1,6 +1,6 @@
 """The kinds of adapter: how each begins, goes on from a published one, and is published. One file per family.
 
-A new kind is one file here, one line in `KINDS` and one YAML in `conf/peft`.
+A new kind is one file here, one line in `KINDS`, its name in `lit_ft.config` and one YAML in `conf/peft`.
 """
 
 from __future__ import annotations
