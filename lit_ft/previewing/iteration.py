@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Completion, Example
-from lit_ft.config import Algorithm, Rollout
+from lit_ft.config import Algorithm, Config, Rollout
+from lit_ft.data.datamodule import Prepared
 from lit_ft.data.loader import PromptLoader
-from lit_ft.data.packing import divided, lay_out, share_by_tokens, split_by_tokens
+from lit_ft.data.packing import Layout, divided, lay_out, share_by_tokens, split_by_tokens
 from lit_ft.models.judge import head_values
+from lit_ft.models.kinds import AdapterKind
 from lit_ft.models.roles import POLICY
 from lit_ft.models.score import score_gathered
 from lit_ft.previewing.step import Step
@@ -29,10 +31,33 @@ class Iteration(Step):
     """The completions do not exist yet: each is taken to be as long as `algorithm.max_new_tokens` lets it be."""
 
     def __init__(
-        self, *given: Any, value_head: nn.Linear | None, ptx: Sequence[Example], ptx_batch_size: int, **named: Any
+        self,
+        cfg: Config,
+        kind: AdapterKind,
+        model: Any,
+        data: Prepared,
+        val: Prepared | None,
+        *,
+        layout: Layout,
+        pad_id: int,
+        processes: int,
+        tokenizer_bytes: int,
+        value_head: nn.Linear | None,
+        ptx: Sequence[Example],
+        ptx_batch_size: int,
     ) -> None:
         """As `Step`, with the head of PPO's value model, and the rows whose loss is added, so many at a time."""
-        super().__init__(*given, **named)
+        super().__init__(
+            cfg,
+            kind,
+            model,
+            data,
+            val,
+            layout=layout,
+            pad_id=pad_id,
+            processes=processes,
+            tokenizer_bytes=tokenizer_bytes,
+        )
         self._value_head, self._ptx, self._ptx_batch_size = value_head, ptx, ptx_batch_size
 
     def passes(self, device: str, *, later: bool = False) -> tuple[Batch, int, float]:
