@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Seconds until everything is imported, on a machine with much else to do.
-_IMPORTS = 120
+# Seconds that the process has to end, once it is told to.
+_END = 10
 
 
 class Warm:
@@ -58,7 +58,7 @@ class Warm:
 
     def stop(self) -> None:
         self._waiting.terminate()
-        self._waiting.wait(_IMPORTS)
+        self._waiting.wait(_END)
 
 
 def _serve(path: str) -> list[str]:
@@ -66,9 +66,16 @@ def _serve(path: str) -> list[str]:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen(64)
+        server.settimeout(1)
+        parent = os.getppid()
         print("ready", flush=True)
         while True:
-            connection, _ = server.accept()
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                if os.getppid() != parent:
+                    sys.exit()  # whoever started it was killed
+                continue
             if os.fork():
                 connection.close()
                 with contextlib.suppress(ChildProcessError):

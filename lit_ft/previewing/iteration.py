@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_ft.batches import Batch, Completion, Example
-from lit_ft.config import Algorithm, Config, Rollout
-from lit_ft.data.datamodule import Prepared
+from lit_ft.config import Algorithm, Rollout
 from lit_ft.data.loader import PromptLoader
-from lit_ft.data.packing import Layout, divided, lay_out, share_by_tokens, split_by_tokens
+from lit_ft.data.packing import divided, lay_out, share_by_tokens, split_by_tokens
 from lit_ft.models.judge import head_values
-from lit_ft.models.kinds import AdapterKind
 from lit_ft.models.roles import POLICY
 from lit_ft.models.score import score_gathered
 from lit_ft.previewing.step import Step
@@ -27,38 +25,18 @@ from lit_ft.wiring.online import rollout_tokens
 _LAID_OUT = 20
 
 
+@dataclass(eq=False, kw_only=True)
 class Iteration(Step):
-    """The completions do not exist yet: each is taken to be as long as `algorithm.max_new_tokens` lets it be."""
+    """The completions do not exist yet: each is taken to be as long as `algorithm.max_new_tokens` lets it be.
 
-    def __init__(
-        self,
-        cfg: Config,
-        kind: AdapterKind,
-        model: Any,
-        data: Prepared,
-        val: Prepared | None,
-        *,
-        layout: Layout,
-        pad_id: int,
-        processes: int,
-        tokenizer_bytes: int,
-        value_head: nn.Linear | None,
-        ptx: Sequence[Example],
-        ptx_batch_size: int,
-    ) -> None:
-        """As `Step`, with the head of PPO's value model, and the rows whose loss is added, so many at a time."""
-        super().__init__(
-            cfg,
-            kind,
-            model,
-            data,
-            val,
-            layout=layout,
-            pad_id=pad_id,
-            processes=processes,
-            tokenizer_bytes=tokenizer_bytes,
-        )
-        self._value_head, self._ptx, self._ptx_batch_size = value_head, ptx, ptx_batch_size
+    Attributes:
+        value_head: of PPO's value model, or None.
+        ptx: the rows whose loss is added, `ptx_batch_size` at a time.
+    """
+
+    value_head: nn.Linear | None
+    ptx: Sequence[Example]
+    ptx_batch_size: int
 
     def passes(self, device: str, *, later: bool = False) -> tuple[Batch, int, float]:
         cfg: Any = self.cfg
@@ -85,12 +63,12 @@ class Iteration(Step):
                 counts.append(max(map(len, split)))
                 groups += [group for share in split for group in share]
         likely = sorted(groups, key=lambda group: -sum(example.tokens for example in group))[:3]
-        batches = [lay_out(group, layout, self._pad_id) for group in likely]
+        batches = [lay_out(group, layout, self.pad_id) for group in likely]
         return max(batches, key=lambda batch: batch.input_ids.numel()), max(counts), sum(counts) / len(counts)
 
     def _completed(self, example: Example) -> Example:
         algorithm: Any = self.cfg.algorithm
-        ids = (self._pad_id,) * algorithm.max_new_tokens
+        ids = (self.pad_id,) * algorithm.max_new_tokens
         return replace(example, completions=(Completion(ids, (True,) * len(ids)),) * algorithm.num_generations)
 
     def prompts_at_once(self, device: str) -> tuple[int, int]:
@@ -109,7 +87,7 @@ class Iteration(Step):
 
         if algorithm.kind is Algorithm.grpo:
             return {"passes": {POLICY: logprobs}}
-        heads = torch.nn.ModuleList([self._value_head])
+        heads = torch.nn.ModuleList([self.value_head])
 
         def values(model: Any, batch: Batch) -> Tensor:
             places = torch.cat([batch.target_sources, batch.completion_ends])
@@ -139,11 +117,11 @@ class Iteration(Step):
 
     def _ptx_batch(self, device: str) -> Batch | None:
         """The largest one of rows whose loss is added."""
-        if not self._ptx:
+        if not self.ptx:
             return None
         layout = self.layout_on(device)
-        longest = sorted(self._ptx, key=lambda e: -e.tokens)[: self._ptx_batch_size]
+        longest = sorted(self.ptx, key=lambda e: -e.tokens)[: self.ptx_batch_size]
         numbered = [replace(example, index=k) for k, example in enumerate(longest)]
         groups = split_by_tokens(numbered, self.budget(device), layout)
         largest = max(groups, key=lambda group: sum(example.tokens for example in group))
-        return lay_out(largest, layout, self._pad_id)
+        return lay_out(largest, layout, self.pad_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,35 +23,29 @@ from lit_ft.wiring.model import packed_on
 from lit_ft.wiring.place import pass_tokens
 
 
+@dataclass(eq=False)
 class Step:
     """An optimizer step of a run whose model has no weights, on this device or on another.
 
     Attributes:
         cfg: the run's settings.
         kind, model: the kind of its adapter, and its model on the meta device.
-        data: its training rows.
+        data, val: its training rows, and the held-out ones.
         layout: of rows on the device of the run.
+        pad_id: the token that fills padded rows.
         processes: that share the work.
+        tokenizer_bytes: of main memory, which the tokenizer takes.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        kind: AdapterKind,
-        model: Any,
-        data: Prepared,
-        val: Prepared | None,
-        *,
-        layout: Layout,
-        pad_id: int,
-        processes: int,
-        tokenizer_bytes: int = 0,
-    ) -> None:
-        """`val` are held-out rows, `pad_id` fills padded ones; the tokenizer takes `tokenizer_bytes` of main memory."""
-        self.cfg, self.kind, self.model = cfg, kind, model
-        self.data, self.layout = data, layout
-        self._val, self._pad_id = val, pad_id
-        self.processes, self._tokenizer_bytes = processes, tokenizer_bytes
+    cfg: Config
+    kind: AdapterKind
+    model: Any
+    data: Prepared
+    val: Prepared | None
+    layout: Layout
+    pad_id: int
+    processes: int
+    tokenizer_bytes: int = 0
 
     @property
     def shards(self) -> int:
@@ -91,13 +86,13 @@ class Step:
 
         # What examples share is known only once they are laid out.
         likely = sorted(groups, key=size, reverse=True)[:3]
-        batches = [lay_out(group, layout, self._pad_id) for group in likely]
+        batches = [lay_out(group, layout, self.pad_id) for group in likely]
         largest = max(batches, key=lambda batch: batch.input_ids.numel())
         return largest, max(counts), sum(counts) / len(counts)
 
     def main_memory(self, setting: Setting) -> dict[str, Any]:
         """Bytes beside the model's, as `Rehearsal.estimate` takes them."""
-        examples = [example for part in (self.data, self._val) if part for example in part.examples]
+        examples = [example for part in (self.data, self.val) if part for example in part.examples]
         pairs = sum(len(example.completions) for example in examples) if self.cfg.algorithm.kind is Algorithm.dpo else 0
         kept = getattr(load_config(self.cfg.model.id), "dtype", None)
         kept = kept if isinstance(kept, torch.dtype) else torch.float32
@@ -107,7 +102,7 @@ class Step:
         return {
             "rows": bytes_of_rows(examples),
             "reference": pairs * (24 + 8 + 56),  # a float of Python's, its place, and a tuple's own
-            "tokenizer": self._tokenizer_bytes,
+            "tokenizer": self.tokenizer_bytes,
             "stored": numbers * kept.itemsize if kept != loaded or self.kind.quantized else 0,
         }
 
@@ -141,7 +136,6 @@ class Step:
         """What a pass of this algorithm computes, as arguments of `rehearse`."""
         if self.cfg.algorithm.kind is not Algorithm.reward:
             return {}
-
         with torch.device("meta"):
             heads = torch.nn.ModuleList([scalar_head(hidden_size(self.model))])
         return {"passes": {POLICY: lambda model, batch: completion_scores(model, heads[0], batch)}, "heads": heads}
